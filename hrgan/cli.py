@@ -1,0 +1,345 @@
+"""The command line: each subcommand parses and calls one function. Exit codes are in hrgan/errors.py."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from hrgan.config import Config, leaves, problems, read_yaml, refuse, to_yaml, topics, unknown_key, wrong_type
+from hrgan.errors import DataError, HrganError, Stopped, UserError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+# Commands
+
+
+def data_build(args: Namespace) -> None:
+    from hrgan.data.build import build
+
+    build(
+        args.src,
+        Path(args.out),
+        args.resolution,
+        name=args.name,
+        labels=args.labels,
+        image_format=args.format,
+        quality=args.quality,
+        channels=args.channels,
+        min_size=args.min_size,
+        max_skipped=args.max_skipped,
+        workers=args.workers,
+        seed=args.seed,
+        shard_samples=args.shard_samples,
+        overwrite=args.overwrite,
+    )
+
+
+def data_info(args: Namespace) -> None:
+    from hrgan.data.manifest import info
+
+    facts = info(Path(args.out))
+    print(
+        json.dumps(facts, indent=1) if args.json else yaml.safe_dump(facts, sort_keys=False),
+        end="\n" if args.json else "",
+    )
+
+
+def data_check(args: Namespace) -> None:
+    from hrgan.data.manifest import check
+
+    found = check(Path(args.out))
+    if found:
+        raise DataError(
+            "\n".join([f"{args.out}: {len(found)} problem{'s' * (len(found) > 1)}", *(f"  {line}" for line in found)])
+        )
+    print(f"{args.out}: every shard and sample is as the manifest says")
+
+
+def schedule(args: Namespace) -> None:
+    from hrgan.schedule import make_schedule, rows, table
+
+    plan = make_schedule(args.configuration)
+    print(json.dumps(rows(plan), indent=1) if args.json else table(plan))
+
+
+def train(args: Namespace) -> None:
+    from hrgan.train import train as run
+
+    run(args.configuration, Path(args.run or f"runs/{Path(args.config_file).stem if args.config_file else 'default'}"))
+
+
+def evaluate(args: Namespace) -> None:
+    from hrgan.apps.evaluate import evaluate_target
+
+    print(json.dumps(evaluate_target(Path(args.target), args.data, args.count), indent=1))
+
+
+def generate(args: Namespace) -> None:
+    from hrgan.apps.generate import generate as make
+
+    make(Path(args.target), Path(args.out), args.count, args.seed, args.weights == "ema")
+
+
+def bench_data(args: Namespace) -> None:
+    from hrgan.apps.bench_data import bench_data as bench
+    from hrgan.apps.bench_data import print_table
+
+    rows = bench(Path(args.out), Path(args.originals) if args.originals else None, args.seconds)
+    print(json.dumps(rows, indent=1)) if args.json else print_table(rows)
+
+
+def bench_step(args: Namespace) -> None:
+    from hrgan.apps.bench_step import bench_step as bench
+    from hrgan.apps.bench_step import print_table
+
+    rows = bench(args.configuration, args.seconds)
+    print(json.dumps(rows, indent=1)) if args.json else print_table(rows)
+
+
+# Their arguments
+
+
+def data_build_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "src", type=str, help="folder of images, nested or not; or drawn:COUNT for the built-in drawn set"
+    )
+    parser.add_argument("out", type=str, help="folder to make")
+    parser.add_argument("--resolution", type=int, required=True, help="largest tier in pixels, a power of two from 16")
+    parser.add_argument("--name", type=str, default=None, help="name of the set (default: the name of OUT)")
+    parser.add_argument(
+        "--labels",
+        type=str,
+        choices=("none", "folder"),
+        default="none",
+        help="folder: classes are the first sub-folders of SRC",
+    )
+    parser.add_argument(
+        "--format", type=str, choices=("webp", "png", "jpeg"), default="webp", help="webp and png are lossless"
+    )
+    parser.add_argument("--quality", type=int, default=95, help="of jpeg, 1 to 100")
+    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="3: RGB; 1: grey")
+    parser.add_argument("--min-size", type=int, default=0, help="skip images whose shorter side is less, in pixels")
+    parser.add_argument(
+        "--max-skipped",
+        type=float,
+        default=0.01,
+        help="largest share of images that may be skipped as unreadable or too small",
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--seed", type=int, default=0, help="decides the stored order")
+    parser.add_argument("--shard-samples", type=int, default=None, help="images in a shard (default: by resolution)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a set that is there")
+
+
+def data_info_arguments(parser: Parser) -> None:
+    parser.add_argument("out", type=str, help="folder of shards")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def data_check_arguments(parser: Parser) -> None:
+    parser.add_argument("out", type=str, help="folder of shards")
+
+
+def schedule_arguments(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    config_arguments(parser)
+
+
+def train_arguments(parser: Parser) -> None:
+    parser.add_argument("--run", type=str, default=None, help="run directory (default runs/<config name>)")
+    config_arguments(parser)
+
+
+def eval_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "target", type=str, help="run directory (its best, else its newest checkpoint) or checkpoint folder"
+    )
+    parser.add_argument("--data", type=str, default=None, help="folder of shards (default: the one it was trained on)")
+    parser.add_argument("--count", type=int, default=None, help="generated images (default: eval.num_fake of the run)")
+
+
+def generate_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "target", type=str, help="run directory (its best, else its newest checkpoint) or checkpoint folder"
+    )
+    parser.add_argument("--out", type=str, required=True, help="folder for the pictures and grid.png")
+    parser.add_argument("--count", type=int, default=64, help="pictures")
+    parser.add_argument("--seed", type=int, default=0, help="picture i depends on the seed and i alone")
+    parser.add_argument(
+        "--weights", type=str, choices=("ema", "raw"), default="ema", help="ema: the moving average of the generator"
+    )
+
+
+def bench_data_arguments(parser: Parser) -> None:
+    parser.add_argument("out", type=str, help="folder of shards")
+    parser.add_argument("--originals", type=str, default=None, help="the folder that the set was built from, as a peer")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each figure")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def bench_step_arguments(parser: Parser) -> None:
+    parser.add_argument("--seconds", type=float, default=8.0, help="time for each figure")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    config_arguments(parser)
+
+
+def config_arguments(parser: Parser) -> None:
+    """Every field of the configuration as --topic.field, with its docstring as help."""
+    parser.add_argument("--config", action="config", help="YAML file, for example configs/demo.yaml")
+    parser.add_class_arguments(Config, None)
+
+
+COMMANDS: dict[str, tuple[Callable[[Namespace], None], Callable[[Parser], None], str]] = {
+    "data build": (data_build, data_build_arguments, "turn a folder of images into shards"),
+    "data info": (data_info, data_info_arguments, "say what a set of shards holds"),
+    "data check": (
+        data_check,
+        data_check_arguments,
+        "read every byte and sample of a set; exit 4 if anything is wrong",
+    ),
+    "schedule": (schedule, schedule_arguments, "print the phases of a configuration"),
+    "train": (train, train_arguments, "train, or go on where the run directory stands"),
+    "eval": (evaluate, eval_arguments, "measure a run or a checkpoint"),
+    "generate": (generate, generate_arguments, "write pictures from a run or a checkpoint"),
+    "bench data": (bench_data, bench_data_arguments, "images per second of reading a set, beside its limits"),
+    "bench step": (
+        bench_step,
+        bench_step_arguments,
+        "images per second of training, and what a step spends its time on",
+    ),
+}
+CONFIGURED = ("schedule", "train", "bench step")
+"""Commands that take a configuration."""
+
+
+# From words to a call
+
+
+class Parser(ArgumentParser):
+    """Wrong arguments are a UserError: one line, exit code 2, as for all bad input."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(f"{self.prog}: {' '.join(message.split())}")
+
+
+def split_config(words: list[str]) -> tuple[list[str], str | None, list[tuple[str, str]]]:
+    """A command's words as: its own words, the configuration file, and the overrides (key, value) of configuration
+    fields."""
+    own, file, overrides = [], None, []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or name in ("--json", "--print_config"):
+            own.append(word)
+            continue
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
+        if name == "--config":
+            file = value
+        elif name in ("--run", "--seconds"):
+            own += [name, value]
+        else:
+            overrides.append((name[2:], value))
+    return own, file, overrides
+
+
+def read_config(parser: Parser, file: str | None, overrides: list[tuple[str, str]]) -> Config:
+    """The configuration of a file and overrides. UserError that lists every problem of both: unknown keys, wrong
+    types, wrong values."""
+    found, tree = [], {}
+    for key, value in [*(leaves(read_yaml(Path(file))) if file else []), *overrides]:
+        if (unknown := unknown_key(key)) is not None:
+            found.append(unknown)
+            continue
+        branch = nested(key, value)
+        try:
+            parser.parse_object(branch)
+            tree[key] = value
+        except (UserError, ArgumentError):
+            found.append(wrong_type(key, value))
+    merged: dict[str, Any] = {}
+    for key, value in tree.items():
+        merge(merged, nested(key, value))
+    namespace = parser.instantiate_classes(parser.parse_object(merged))
+    config = Config(**{name: namespace[name] for name in topics()})
+    refuse([*found, *problems(config)], file or "configuration")
+    return config
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} for "a.b"."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    result: dict[str, Any] = value
+    return result
+
+
+def merge(tree: dict[str, Any], branch: dict[str, Any]) -> None:
+    """Add a branch to a tree of topics, its leaf replacing the one that is there."""
+    for key, value in branch.items():
+        if key in topics() and isinstance(value, dict) and isinstance(tree.get(key), dict):
+            tree[key].update(value)
+        else:
+            tree[key] = value
+
+
+def run_command(words: list[str]) -> None:
+    """Find the command, parse the rest of the words, call its function."""
+    name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
+    if name is None:
+        listing = "\n".join(f"  hrgan {name:12} {text}" for name, (_, _, text) in COMMANDS.items())
+        if words and words[0] in ("--help", "-h"):
+            print(f"Train high-resolution GANs by progressive growing.\n\n{listing}\n\nhrgan COMMAND --help says more.")
+            return
+        near = difflib.get_close_matches(" ".join(words[:2]), COMMANDS, 1)
+        raise UserError(
+            f"no such command: {' '.join(words[:2])!r}"
+            + (f"; did you mean {near[0]}?" if near else f"; the commands are\n{listing}")
+        )
+    act, add_arguments, text = COMMANDS[name]
+    parser = Parser(prog=f"hrgan {name}", description=text)
+    add_arguments(parser)
+    rest = words[len(name.split()) :]
+    if name not in CONFIGURED or {"--help", "-h"} & set(rest):
+        act(parser.parse_args(rest))
+        return
+    own, file, overrides = split_config(rest)
+    config = read_config(parser, file, overrides)
+    if "--print_config" in own:
+        print(to_yaml(config), end="")
+        return
+    args = parser.parse_args(own)
+    args.configuration, args.config_file = config, file
+    act(args)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; its exit code."""
+    try:
+        run_command(sys.argv[1:] if argv is None else argv)
+        return 0
+    except HrganError as error:
+        print(error if isinstance(error, Stopped) else f"hrgan: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(
+            f"hrgan: {error.filename or os.getcwd()}: {error.strerror}; free some space or choose another folder",
+            file=sys.stderr,
+        )
+        return UserError.exit_code
+    except KeyboardInterrupt:
+        print("hrgan: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,486 @@
+"""The configuration: one frozen dataclass a topic, every check, YAML in and out.
+
+Fields that may differ by resolution take a number or a map {resolution: number}; a resolution that the map does not
+name takes the entry of the next lower one (see `at`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from hrgan.errors import UserError
+
+CHUNK = 4
+"""Images that travel together: the unit of batches, ranks and workers, and the minibatch-stddev group."""
+
+IntByRes = int | dict[int, int]
+FloatByRes = float | dict[int, float]
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and how they are read."""
+
+    path: str = ""
+    """Folder of shards, as `hrgan data build` wrote it."""
+    mirror: bool = False
+    """Flip half of the real images left to right."""
+    workers: int = 2
+    """Loader processes per training process; 0 decodes in the training process."""
+    prefetch: int = 4
+    """Batches that each loader process prepares ahead."""
+    slots: int = 16
+    """Equal parts an epoch is cut into, all read at once; a multiple of the number of loader processes reads best.
+    Part of the order of images."""
+    window: int = 256
+    """Samples shuffled together within a slot (a multiple of 4), held undecoded in memory. Part of the order of
+    images."""
+    max_bad: float = 0.01
+    """Largest share of samples that may fail to decode (each is replaced and counted) before the run stops."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The two networks."""
+
+    family: Literal["progan"] = "progan"
+    """Architecture: progan (Karras et al. 2018)."""
+    resolution: int = 1024
+    """Final width and height in pixels, a power of two."""
+    channels: int = 3
+    """Colour channels of the images: 1 or 3."""
+    latent: int = 512
+    """Length of the latent vector z."""
+    fmap_base: int = 8192
+    """Feature maps at resolution R are fmap_base / (R / 2), at most fmap_max."""
+    fmap_max: int = 512
+    """Largest number of feature maps in any layer."""
+    widths: list[int] | None = None
+    """Feature maps at 4, 8, 16, ... pixels, in place of the rule above; None uses the rule."""
+    grow: bool = True
+    """Grow from schedule.start_resolution; false trains at the final resolution from the first image."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Adversarial loss and its penalty."""
+
+    kind: Literal["wgan-gp", "logistic"] = "wgan-gp"
+    """wgan-gp: Wasserstein with gradient penalty and drift (Karras et al. 2018); logistic: non-saturating with exact
+    R1."""
+    gp_lambda: float = 10.0
+    """Weight of the WGAN-GP penalty."""
+    gp_target: float = 1.0
+    """Gradient norm that the WGAN-GP penalty asks for."""
+    drift: float = 0.001
+    """Weight of D(real)^2 under wgan-gp."""
+    r1_gamma: FloatByRes = 10.0
+    """Weight of R1 under logistic: gamma/2 * |grad D(real)|^2."""
+    r1_every: int = 16
+    """Steps between two R1 penalties; the penalty is weighted by this number and D's Adam is corrected for it."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Adam and the averaged generator."""
+
+    lr: FloatByRes = field(default_factory=lambda: {4: 0.001, 128: 0.0015, 256: 0.002, 512: 0.003})
+    """Learning rate of both networks. ProGAN's 8-GPU setting by default."""
+    lr_d: FloatByRes | None = None
+    """Learning rate of the discriminator where it differs; None takes lr."""
+    beta1: float = 0.0
+    """Adam's first-moment decay."""
+    beta2: float = 0.99
+    """Adam's second-moment decay."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    ema_kimg: float = 22.2
+    """Half-life of the generator's moving average in thousands of images (22.2 is ProGAN's 0.999 a step at batch 32).
+    """
+    max_skipped: int = 20
+    """Steps in a row that may be skipped for non-finite numbers before the run stops with exit code 5."""
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Length, growth and batch."""
+
+    total_kimg: float = 12000.0
+    """Length of the run in thousands of real images shown."""
+    start_resolution: int = 4
+    """Resolution of the first phase in pixels, a power of two from 4."""
+    stable_kimg: FloatByRes = 600.0
+    """Length of each resolution's stable part; the last resolution's lasts until total_kimg."""
+    fade_kimg: FloatByRes = 600.0
+    """Length of the fade into each resolution; 0 switches at once."""
+    order: Literal["stable_first", "fade_first"] = "stable_first"
+    """stable_first: the first resolution lasts stable_kimg (ProGAN); fade_first: it lasts stable_kimg + fade_kimg."""
+    batch: IntByRes = field(default_factory=lambda: {4: 512, 8: 256, 16: 128, 32: 64, 64: 32})
+    """Images per step over all processes: a multiple of 4 x processes. ProGAN's 8-GPU setting by default."""
+    micro_batch: IntByRes | None = None
+    """Most images that one process puts through the networks at once; more are accumulated. None: no limit."""
+    reset_adam: Literal["both", "fade_start", "never"] = "both"
+    """When Adam starts anew after the first phase: at both ends of a fade (ProGAN), where it starts, or never."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The metric on a schedule."""
+
+    every_kimg: float = 200.0
+    """Thousands of images between evaluations, besides those at the end of each stable part and of the run; 0: only
+    those."""
+    num_fake: int = 10000
+    """Generated images per evaluation."""
+    num_real: int | None = None
+    """Real images whose statistics are compared (the first in stored order); None: all of them."""
+    extractor: Literal["auto", "inception", "random"] = "auto"
+    """inception: FID's own network, refused at launch without its weights; random: a seeded random convolutional
+    network (fd_random); auto: inception where its weights can be had, else random."""
+    weights: str | None = None
+    """File of FID's Inception weights; None looks in torch's cache, then downloads."""
+    batch: int = 64
+    """Images per forward pass of the extractor and of the generator in an evaluation, per process."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved."""
+
+    every_kimg: float = 100.0
+    """Thousands of images between checkpoints, besides those at evaluations, growth and the end."""
+    keep: int = 3
+    """Newest checkpoints kept (at least 2), besides the best."""
+    keep_every_kimg: float | None = None
+    """Also keep one checkpoint for each so many thousands of images; None: no others."""
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """What is shown."""
+
+    tick_kimg: FloatByRes = 4.0
+    """Thousands of images between log lines; stop requests are seen at these points too."""
+    samples_kimg: FloatByRes = 40.0
+    """Thousands of images between sample grids."""
+    grid: int = 8
+    """Rows and columns of generated images in a sample grid; as many real ones stand beside them."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """The images."""
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    """The networks."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Loss and penalty."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Adam and EMA."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Length, growth, batch."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """The metric."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """Showing."""
+    seed: int = 0
+    """Decides initial weights, the order of images and all noise."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16 computes the convolutions under autocast; weights, Adam and EMA stay float32."""
+    deterministic: bool = False
+    """On CUDA: only kernels that give the same bits each time (slower). The CPU always does."""
+
+
+MAY_CHANGE = (
+    "schedule.total_kimg",
+    "schedule.micro_batch",
+    "eval.",
+    "checkpoint.",
+    "log.",
+    "data.path",
+    "data.workers",
+    "data.prefetch",
+    "data.max_bad",
+    "optim.max_skipped",
+    "deterministic",
+)
+"""Fields that a resumed run may change: none of them alters which images are seen or how they are learnt from."""
+
+
+def at(value: Number | dict[int, Number], resolution: int) -> Number:
+    """The number for a resolution: of the largest key that is not above it."""
+    if not isinstance(value, dict):
+        return value
+    return value[max(key for key in value if key <= resolution)]
+
+
+def resolutions(config: Config) -> list[int]:
+    """The resolutions that the run passes through, ascending: powers of two."""
+    last = config.network.resolution
+    size = config.schedule.start_resolution if config.network.grow else last
+    sizes = []
+    while size <= last:
+        sizes.append(size)
+        size *= 2
+    return sizes
+
+
+# Keys
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of a nested mapping; maps by resolution count as one value."""
+    for key, value in tree.items():
+        by_resolution = isinstance(value, Mapping) and value and all(str(k).isdigit() for k in value)
+        if isinstance(value, Mapping) and not by_resolution:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def known_keys(kind: type = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration."""
+    keys = []
+    for name, hint in get_type_hints(kind).items():
+        keys += known_keys(hint, f"{prefix}{name}.") if is_dataclass(hint) else [f"{prefix}{name}"]  # type: ignore[arg-type]
+    return keys
+
+
+def unknown_key(key: str) -> str | None:
+    """The problem with a key that the configuration does not have, with the nearest one that it has."""
+    known = known_keys()
+    if key in known:
+        return None
+    # The last part alone also counts: `--lr` is near `optim.lr`.
+    near = difflib.get_close_matches(key, known, 1, 0.6) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    near = near or difflib.get_close_matches(key.split(".")[-1], [k.split(".")[-1] for k in known], 1, 0.6)
+    return f"{key}: no such field" + (
+        f"; did you mean {near[0]}?" if near else f"; the topics are {', '.join(topics())}"
+    )
+
+
+def wrong_type(key: str, value: Any) -> str:
+    """The problem with a value that its field's type does not take, with what it takes and the nearest of a choice."""
+    hint: Any = Config
+    for part in key.split("."):
+        hint = get_type_hints(hint)[part]
+    names = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        type(None): "null",
+        dict[int, int]: "a map {resolution: whole number}",
+        dict[int, float]: "a map {resolution: number}",
+        list[int]: "a list of whole numbers",
+    }
+    if get_origin(hint) is Literal:
+        near = difflib.get_close_matches(str(value), get_args(hint), 1, 0)
+        return f"{key}: {value!r} is none of {', '.join(get_args(hint))}; nearest: {near[0]}"
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return f"{key}: {value!r} is not {' or '.join(names[kind] for kind in kinds)}"
+
+
+def topics() -> list[str]:
+    """The topics, then the fields that stand alone."""
+    return [f.name for f in fields(Config)]
+
+
+# Checks
+
+
+def problems(config: Config) -> list[str]:
+    """Every problem that the values have, one line each: field, value, reason, nearest valid value."""
+    return [*_size_problems(config), *_batch_problems(config), *_range_problems(config)]
+
+
+def _power_of_two(name: str, value: int, low: int) -> list[str]:
+    if value >= low and value & (value - 1) == 0:
+        return []
+    below = max(low, 1 << max(value, 1).bit_length() - 1)
+    near = sorted({below, max(low, 2 * below)}) if value > low else [low]
+    return [f"{name}: {value} is not a power of two from {low} up; nearest: {' or '.join(map(str, near))}"]
+
+
+def _size_problems(config: Config) -> list[str]:
+    network, schedule = config.network, config.schedule
+    found = _power_of_two("network.resolution", network.resolution, 4)
+    found += _power_of_two("schedule.start_resolution", schedule.start_resolution, 4)
+    if not found and schedule.start_resolution > network.resolution:
+        found.append(
+            f"schedule.start_resolution: {schedule.start_resolution} is above network.resolution {network.resolution}; "
+            f"nearest: {network.resolution}"
+        )
+    if network.channels not in (1, 3):
+        found.append(
+            f"network.channels: {network.channels} is neither 1 (grey) nor 3 (RGB); nearest: "
+            f"{1 if network.channels < 2 else 3}"
+        )
+    stages = max(network.resolution, 4).bit_length() - 2
+    if network.widths is not None and (len(network.widths) < stages or min(network.widths, default=0) < 1):
+        found.append(
+            f"network.widths: {network.widths} must be at least {stages} positive numbers, for 4 to "
+            f"{network.resolution} pixels"
+        )
+    return found
+
+
+def _batch_problems(config: Config) -> list[str]:
+    found = []
+    for name, value in (
+        ("schedule.batch", config.schedule.batch),
+        ("schedule.micro_batch", config.schedule.micro_batch),
+    ):
+        for size in sorted(set(value.values())) if isinstance(value, dict) else [value] if value is not None else []:
+            if size < CHUNK or size % CHUNK:
+                below = max(CHUNK, size // CHUNK * CHUNK)
+                near = f"{below} or {below + CHUNK}" if size > CHUNK else str(CHUNK)
+                found.append(
+                    f"{name}: {size} is not a multiple of {CHUNK} (images that travel together); nearest: {near}"
+                )
+    if config.data.window < CHUNK or config.data.window % CHUNK:
+        found.append(
+            f"data.window: {config.data.window} is not a multiple of {CHUNK}; nearest: "
+            f"{max(1, config.data.window // CHUNK) * CHUNK}"
+        )
+    return found
+
+
+_LEAST: dict[str, float] = {
+    "data.workers": 0,
+    "data.prefetch": 1,
+    "data.slots": 1,
+    "network.latent": 1,
+    "network.fmap_base": 1,
+    "network.fmap_max": 1,
+    "loss.gp_lambda": 0,
+    "loss.drift": 0,
+    "loss.r1_gamma": 0,
+    "loss.r1_every": 1,
+    "optim.ema_kimg": 0,
+    "optim.max_skipped": 1,
+    "schedule.stable_kimg": 0,
+    "schedule.fade_kimg": 0,
+    "eval.every_kimg": 0,
+    "eval.num_fake": 2,
+    "eval.num_real": 2,
+    "eval.batch": 1,
+    "checkpoint.keep": 2,
+    "log.grid": 1,
+    "seed": 0,
+    "data.max_bad": 0,
+    "optim.beta1": 0,
+    "optim.beta2": 0,
+}
+_ABOVE_ZERO = (
+    "optim.lr",
+    "optim.lr_d",
+    "optim.eps",
+    "loss.gp_target",
+    "schedule.total_kimg",
+    "checkpoint.every_kimg",
+    "checkpoint.keep_every_kimg",
+    "log.tick_kimg",
+    "log.samples_kimg",
+)
+_MOST: dict[str, float] = {"data.max_bad": 1, "optim.beta1": 0.9999, "optim.beta2": 0.99999}
+
+
+def _range_problems(config: Config) -> list[str]:
+    found = []
+    sizes = resolutions(config) or [4]
+    for key, value in leaves(asdict(config)):
+        for number in value.values() if isinstance(value, dict) else [value]:
+            if not isinstance(number, (int, float)) or isinstance(number, bool):
+                continue
+            if key in _LEAST and number < _LEAST[key]:
+                found.append(f"{key}: {number} is below the least, {_LEAST[key]:g}")
+            if key in _ABOVE_ZERO and number <= 0:
+                found.append(f"{key}: {number} must be above 0")
+            if key in _MOST and number > _MOST[key]:
+                found.append(f"{key}: {number} is above the most, {_MOST[key]:g}")
+        # Nothing fades into the first resolution.
+        first = (
+            sizes[min(1, len(sizes) - 1)]
+            if key == "schedule.fade_kimg" and config.schedule.order == "stable_first"
+            else sizes[0]
+        )
+        if isinstance(value, dict) and (not value or min(value) > first):
+            found.append(f"{key}: {value} says nothing for {first} pixels; add {first}: ...")
+    return found
+
+
+def world_problems(config: Config, world: int) -> list[str]:
+    """Problems that show only when the number of processes is known."""
+    unit, found = CHUNK * world, []
+    for size in sorted({at(config.schedule.batch, resolution) for resolution in resolutions(config)}):
+        if size % unit:
+            below = size // unit * unit
+            near = f"{below} or {below + unit}" if below else str(unit)
+            found.append(
+                f"schedule.batch: {size} is not a multiple of {world} processes x {CHUNK} images; nearest: {near}"
+            )
+    return found
+
+
+def refuse(found: list[str], where: str) -> None:
+    """Raise one UserError that lists all problems, a line each, if there are any."""
+    if found:
+        raise UserError(
+            "\n".join([f"{where}: {len(found)} problem{'s' * (len(found) > 1)}", *(f"  {line}" for line in found)])
+        )
+
+
+# YAML
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a nested dict; UserError when it is missing, no YAML, or no mapping."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); name a configuration "
+            "such as configs/demo.yaml"
+        ) from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: holds {type(tree).__name__}, expected topics such as data: and network:")
+    return tree
+
+
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """A Config from a nested dict whose leaves have the right types already (as `to_yaml` wrote them)."""
+    refuse([line for key, _ in leaves(tree) if (line := unknown_key(key))], "config")
+    hints = get_type_hints(Config)
+    return Config(**{key: hints[key](**value) if is_dataclass(hints[key]) else value for key, value in tree.items()})
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML, defaults included."""
+    return yaml.safe_dump(asdict(config), sort_keys=False)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Fields that differ and that a resumed run may not change, a line each."""
+    before, after = dict(leaves(asdict(old))), dict(leaves(asdict(new)))
+    return [
+        f"{key}: {before[key]} in the run, {after[key]} asked for"
+        for key in before
+        if before[key] != after[key] and not key.startswith(MAY_CHANGE)
+    ]

@@ -1,0 +1,32 @@
+"""What a run can end with, and the exit code of each. Every message is one line for a person: what was found, what was
+expected, what to do."""
+
+
+class HrganError(Exception):
+    """An end with a known cause: printed as one line without a traceback."""
+
+    exit_code = 1
+
+
+class UserError(HrganError):
+    """The command, the configuration or the machine it was given is wrong; nothing was lost."""
+
+    exit_code = 2
+
+
+class Stopped(HrganError):
+    """Stopped on request with everything saved; the same command goes on."""
+
+    exit_code = 3
+
+
+class DataError(HrganError):
+    """The images or shards cannot be used."""
+
+    exit_code = 4
+
+
+class Diverged(HrganError):
+    """Training produced non-finite numbers too many times in a row; the last checkpoint is untouched."""
+
+    exit_code = 5

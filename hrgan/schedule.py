@@ -1,0 +1,149 @@
+"""nimg -> Phase, pure. Progressive growing as in Karras et al. 2018 (arXiv 1710.10196), section 2 and appendix A."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+
+from hrgan.config import Config, at, resolutions
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training in which nothing but the fade's alpha changes."""
+
+    index: int
+    """Place in the run, from 0."""
+    resolution: int
+    """Width and height in pixels; in a fade the new one."""
+    fading: bool
+    """Whether the new resolution is being faded in."""
+    kimg_from: float
+    """Planned border in thousands of images."""
+    kimg_to: float
+    """Planned border in thousands of images, at most the run's total."""
+    fade_kimg: float
+    """Length of the whole fade in thousands of images, also where the total cuts it; 0 in a stable part."""
+    nimg_from: int
+    """Images seen when the first step begins: the first step border at or after kimg_from."""
+    steps: int
+    """Steps of each network."""
+    batch: int
+    """Images per step over all processes."""
+    lr_g: float
+    """Learning rate of the generator."""
+    lr_d: float
+    """Learning rate of the discriminator."""
+    resets_adam: bool
+    """Whether both Adams start anew when the phase begins."""
+
+    @property
+    def nimg_to(self) -> int:
+        """Images seen after the last step."""
+        return self.nimg_from + self.steps * self.batch
+
+    def alpha(self, nimg: int) -> float:
+        """Weight of the new resolution, linear from 0 to 1 over a fade; 1 outside."""
+        if not self.fading:
+            return 1.0
+        return min(1.0, max(0.0, (nimg / 1000 - self.kimg_from) / self.fade_kimg))
+
+    def step(self, nimg: int) -> int:
+        """Number of the step within the phase, from 0."""
+        return (nimg - self.nimg_from) // self.batch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """All phases of a run, in order."""
+
+    phases: tuple[Phase, ...]
+
+    def at(self, nimg: int) -> Phase:
+        """The phase that the step beginning at `nimg` belongs to (the last one from the end on)."""
+        return self.phases[max(0, bisect_right([phase.nimg_from for phase in self.phases], nimg) - 1)]
+
+    def step(self, nimg: int) -> int:
+        """Number of the step beginning at `nimg`, counted from the start of the run."""
+        phase = self.at(nimg)
+        return sum(before.steps for before in self.phases[: phase.index]) + phase.step(nimg)
+
+    @property
+    def nimg_total(self) -> int:
+        """Images seen when the run ends: the first step border at or after total_kimg."""
+        return self.phases[-1].nimg_to
+
+
+def make_schedule(config: Config) -> Schedule:
+    """The phases of a configuration. Steps never straddle a planned border backwards: a phase begins with the first
+    whole step after it."""
+    phases: list[Phase] = []
+    nimg = 0
+    for resolution, fading, kimg_from, kimg_to in _planned(config):
+        batch = at(config.schedule.batch, resolution)
+        steps = max(0, -(-(round(kimg_to * 1000) - nimg) // batch))
+        if steps == 0:
+            continue
+        lr = at(config.optim.lr, resolution)
+        phases.append(
+            Phase(
+                index=len(phases),
+                resolution=resolution,
+                fading=fading,
+                kimg_from=kimg_from,
+                kimg_to=kimg_to,
+                fade_kimg=at(config.schedule.fade_kimg, resolution) if fading else 0.0,
+                nimg_from=nimg,
+                steps=steps,
+                batch=batch,
+                lr_g=lr,
+                lr_d=lr if config.optim.lr_d is None else at(config.optim.lr_d, resolution),
+                resets_adam=not phases or _resets(config.schedule.reset_adam, fading),
+            )
+        )
+        nimg += steps * batch
+    return Schedule(tuple(phases))
+
+
+def _resets(policy: str, fading: bool) -> bool:
+    return policy == "both" or (policy == "fade_start" and fading)
+
+
+def _planned(config: Config) -> list[tuple[int, bool, float, float]]:
+    """(resolution, fading, kimg_from, kimg_to) with the last stable part stretched, or the plan cut, to the total."""
+    schedule, sizes = config.schedule, resolutions(config)
+    first = at(schedule.stable_kimg, sizes[0])
+    if schedule.order == "fade_first":
+        first += at(schedule.fade_kimg, sizes[0])
+    parts = [(sizes[0], False, first)]
+    for size in sizes[1:]:
+        parts += [(size, True, at(schedule.fade_kimg, size)), (size, False, at(schedule.stable_kimg, size))]
+    borders = [0.0]
+    for _, _, kimg in parts[:-1]:
+        borders.append(min(borders[-1] + kimg, schedule.total_kimg))
+    borders.append(schedule.total_kimg)
+    return [(size, fading, a, b) for (size, fading, _), (a, b) in zip(parts, pairwise(borders), strict=True) if b > a]
+
+
+def rows(schedule: Schedule) -> list[dict[str, float | int | bool]]:
+    """The phase table that `hrgan schedule` prints."""
+    keys = ("kimg_from", "kimg_to", "resolution", "fading", "batch", "lr_g", "lr_d", "steps", "resets_adam")
+    return [{key: getattr(phase, key) for key in keys} for phase in schedule.phases]
+
+
+def table(schedule: Schedule) -> str:
+    """The same for people."""
+    lines = [f"{'kimg':>17}  {'size':>6}  {'part':6}  {'batch':>5}  {'lr G':>7}  {'lr D':>7}  {'steps':>8}  Adam"]
+    for p in schedule.phases:
+        span = f"{p.kimg_from:g} - {p.kimg_to:g}"
+        lines.append(
+            f"{span:>17}  {p.resolution:>5}²  {'fade' if p.fading else 'stable':6}  {p.batch:>5}  "
+            f"{p.lr_g:>7g}  {p.lr_d:>7g}  {p.steps:>8,}  "
+            f"{'starts anew' if p.resets_adam else 'goes on'}"
+        )
+    lines.append(
+        f"{sum(p.steps for p in schedule.phases):,} steps, {schedule.nimg_total:,} images, Adam starts "
+        f"{sum(p.resets_adam for p in schedule.phases)} times"
+    )
+    return "\n".join(lines)

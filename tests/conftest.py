@@ -1,0 +1,107 @@
+"""Small sets, small configurations, and training in child processes that share one import of torch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # Tests run several processes on few cores.
+
+TINY = """
+data: {{path: {shards}, workers: 0, slots: 2, window: 8}}
+network: {{resolution: 16, latent: 8, widths: [8, 8, 8]}}
+schedule: {{total_kimg: 0.16, stable_kimg: 0.032, fade_kimg: 0.032, batch: 16}}
+eval: {{every_kimg: 0, num_fake: 16, extractor: random}}
+checkpoint: {{every_kimg: 0.032, keep: 9}}
+log: {{tick_kimg: 0.016, samples_kimg: 0.1, grid: 2, tensorboard: false}}
+"""
+"""10 steps: 4² stable, 8² fading, 8² stable, 16² fading, 16² stable, two of each."""
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 drawn pictures up to 32²."""
+    from hrgan.data.build import build
+
+    out = tmp_path_factory.mktemp("sets") / "drawn"
+    build("drawn:96", out, 32, workers=1, seed=0, shard_samples=40)
+    return out
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, shards: Path) -> Path:
+    """A configuration file of a run of ten steps."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(shards=shards))
+    return path
+
+
+def _child(target: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], output: str) -> None:
+    os.environ.update(environment)
+    with open(output, "a") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        code = target(*arguments)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code or 0)
+
+
+class Children:
+    """Runs functions in processes forked from one that has imported hrgan, so that each starts in a moment."""
+
+    def __init__(self) -> None:
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["hrgan.train", "hrgan.cli", "hrgan.apps.generate"])
+
+    def run(self, output: Path, target: Callable[..., Any], *arguments: Any, world: int = 1) -> tuple[int, str]:
+        """(exit code of the first process, or -9 if killed; what they printed)."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        children = []
+        for rank in range(world):
+            environment = {"ACCELERATE_USE_CPU": "true"}
+            if world > 1:
+                environment |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(world),
+                    "LOCAL_WORLD_SIZE": str(world),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
+            child = self.context.Process(target=_child, args=(target, arguments, environment, str(output)))
+            child.start()
+            children.append(child)
+        for child in children:
+            child.join(240)
+            assert child.exitcode is not None, "a child process hangs"
+        return children[0].exitcode, output.read_text()
+
+
+@pytest.fixture(scope="session")
+def children() -> Children:
+    return Children()
+
+
+def cli(*words: str) -> int:
+    """`hrgan` in this process."""
+    from hrgan.cli import main
+
+    return main([str(word) for word in words])

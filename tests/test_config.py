@@ -1,0 +1,158 @@
+"""Configuration and command line: every problem at once, one line each, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hrgan.config import (
+    Config,
+    OptimConfig,
+    ScheduleConfig,
+    at,
+    differences,
+    from_dict,
+    known_keys,
+    problems,
+    to_yaml,
+    world_problems,
+)
+from tests.conftest import cli
+
+PRESETS = sorted(Path("configs").glob("*.yaml"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> list[str]:
+    """Lines of a command that must end with exit code 2 and no traceback."""
+    assert cli(*map(str, words)) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()
+
+
+def test_all_problems_are_reported_together(capsys: pytest.CaptureFixture[str], tiny: Path) -> None:
+    lines = refused(
+        capsys, "train", "--config", tiny, "--optim.lrr", "1", "--loss.kind=wgan", "--network.resolution", "100",
+        "--schedule.batch", "30", "--data.workers", "many", "--checkpoint.keep", "1", "--seed", "-3",
+    )  # fmt: skip
+    assert lines[0].endswith("8 problems")
+    for expected in (
+        "optim.lrr: no such field; did you mean optim.lr?",
+        "loss.kind: 'wgan' is none of wgan-gp, logistic; nearest: wgan-gp",
+        "network.resolution: 100 is not a power of two from 4 up; nearest: 64 or 128",
+        "schedule.batch: 30 is not a multiple of 4 (images that travel together); nearest: 28 or 32",
+        "data.workers: 'many' is not a whole number",
+        "checkpoint.keep: 1 is below the least, 2",
+        "seed: -3 is below the least, 0",
+    ):
+        assert f"  {expected}" in lines
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("data: {pth: x}", "data.pth: no such field; did you mean data.path?"),
+        ("lr: 1", "lr: no such field; did you mean optim.lr?"),
+        ("optim: {lr: fast}", "optim.lr: 'fast' is not a number or a map {resolution: number}"),
+        ("schedule: {batch: {8: 16}}", "schedule.batch: {8: 16} says nothing for 4 pixels; add 4: ..."),
+        ("network: {widths: [8]}", "network.widths: [8] must be at least 9 positive numbers, for 4 to 1024 pixels"),
+        ("network: {channels: 4}", "network.channels: 4 is neither 1 (grey) nor 3 (RGB); nearest: 3"),
+        ("data: {max_bad: 2}", "data.max_bad: 2.0 is above the most, 1"),
+    ],
+)
+def test_a_file_s_problem_names_field_value_and_remedy(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str, expected: str
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert f"  {expected}" in refused(capsys, "train", "--config", path)
+
+
+@pytest.mark.parametrize(("text", "part"), [("a: [", "not YAML"), ("- 1", "holds list"), (None, "cannot be read")])
+def test_a_file_that_is_no_configuration(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str | None, part: str
+) -> None:
+    path = tmp_path / "bad.yaml"
+    if text is not None:
+        path.write_text(text)
+    (line,) = refused(capsys, "train", "--config", path)
+    assert str(path) in line
+    assert part in line
+
+
+def test_unknown_commands_and_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean schedule?" in refused(capsys, "shcedule")[0]
+    assert "--nonsense" in refused(capsys, "data", "info", "x", "--nonsense")[0]
+
+
+def test_overrides_win_over_the_file_and_print_config_shows_the_whole(
+    capsys: pytest.CaptureFixture[str], tiny: Path
+) -> None:
+    words = ("--optim.lr", "1e-3", "--schedule.batch", "{4: 64, 16: 32}", "--data.mirror=true", "--print_config")
+    assert cli("train", "--config", tiny, *words) == 0
+    tree = yaml.safe_load(capsys.readouterr().out)
+    config = from_dict(tree)
+    assert config.optim.lr == 0.001
+    assert config.schedule.batch == {4: 64, 16: 32}
+    assert config.data.mirror is True
+    assert config.network.latent == 8
+    assert from_dict(yaml.safe_load(to_yaml(config))) == config
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_are_valid_and_open_with_what_a_user_asks_first(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("schedule", "--config", path) == 0
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    for word in ("hrgan train", "Hardware", "Metric"):
+        assert word in header, f"{path}: the header lacks {word}"
+
+
+def test_the_presets_are_there() -> None:
+    assert {path.stem for path in PRESETS} >= {"progan-1024", "progan-256", "clothing-64", "demo"}
+
+
+def test_every_field_says_what_it_is() -> None:
+    """A docstring stands under each field (jsonargparse shows it as help)."""
+    import ast
+    import inspect
+
+    import hrgan.config as module
+
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ClassDef):
+            for statement, after in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(statement, ast.AnnAssign):
+                    assert isinstance(after, ast.Expr), f"{node.name}.{ast.unparse(statement.target)} has no docstring"
+    assert all(is_dataclass(getattr(Config(), f.name)) or f.name in known_keys() for f in fields(Config))
+
+
+def test_values_by_resolution_take_the_next_lower_entry() -> None:
+    assert [at({4: 1, 16: 2}, size) for size in (4, 8, 16, 1024)] == [1, 1, 2, 2]
+    assert at(7, 64) == 7
+
+
+def test_batches_must_divide_over_the_processes() -> None:
+    config = Config(schedule=ScheduleConfig(batch={4: 24, 8: 32}))
+    assert problems(config) == []
+    assert world_problems(config, 2) == []
+    assert world_problems(config, 4) == [
+        "schedule.batch: 24 is not a multiple of 4 processes x 4 images; nearest: 16 or 32"
+    ]
+
+
+def test_only_fields_that_cannot_alter_the_learning_may_change() -> None:
+    old = Config()
+    tree = asdict(old)
+    tree["schedule"]["total_kimg"], tree["eval"]["num_fake"], tree["log"]["grid"], tree["data"]["workers"] = (
+        1.0,
+        5,
+        3,
+        9,
+    )
+    assert differences(old, from_dict(tree)) == []
+    tree["optim"] = asdict(OptimConfig(lr=0.5))
+    tree["seed"] = 4
+    assert [line.split(":")[0] for line in differences(old, from_dict(tree))] == ["optim.lr", "seed"]

@@ -1,0 +1,108 @@
+"""nimg -> Phase against ProGAN's published tables (Karras et al. 2018 and its authors' 8-GPU setting)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hrgan.config import Config, NetworkConfig, ScheduleConfig
+from hrgan.schedule import make_schedule, rows
+from tests.conftest import cli
+
+PAPER = {  # resolution: (fade-in kimg, stable kimg, steps of both, batch, learning rate)
+    4: (None, (0, 600), 1172, 512, 0.001),
+    8: ((600, 1200), (1200, 1800), 4688, 256, 0.001),
+    16: ((1800, 2400), (2400, 3000), 9375, 128, 0.001),
+    32: ((3000, 3600), (3600, 4200), 18750, 64, 0.001),
+    64: ((4200, 4800), (4800, 5400), 37500, 32, 0.001),
+    128: ((5400, 6000), (6000, 6600), 37500, 32, 0.0015),
+    256: ((6600, 7200), (7200, 7800), 37500, 32, 0.002),
+    512: ((7800, 8400), (8400, 9000), 37500, 32, 0.003),
+    1024: ((9000, 9600), (9600, 12000), 93750, 32, 0.003),
+}
+
+
+def test_the_1024_preset_prints_the_paper_s_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("schedule", "--config", "configs/progan-1024.yaml", "--json") == 0
+    table = json.loads(capsys.readouterr().out)
+    assert list(table[0]) == [
+        "kimg_from",
+        "kimg_to",
+        "resolution",
+        "fading",
+        "batch",
+        "lr_g",
+        "lr_d",
+        "steps",
+        "resets_adam",
+    ]
+    for resolution, (fade, stable, steps, batch, lr) in PAPER.items():
+        mine = [row for row in table if row["resolution"] == resolution]
+        spans = {row["fading"]: (row["kimg_from"], row["kimg_to"]) for row in mine}
+        assert spans == {False: stable} | ({True: fade} if fade else {})
+        # A phase begins with a whole step, so a border may move a step from one part to the next.
+        assert sum(row["steps"] for row in mine) == pytest.approx(steps, abs=2)
+        assert {(row["batch"], row["lr_g"], row["lr_d"]) for row in mine} == {(batch, lr, lr)}
+    assert sum(row["steps"] for row in table) == pytest.approx(277_735, abs=5)
+    assert sum(row["resets_adam"] for row in table) == 17
+    assert [row["fading"] for row in table] == [False, *[True, False] * 8]
+
+
+def test_phases_tile_the_run_and_at_finds_each_step_s_phase() -> None:
+    schedule = make_schedule(Config())
+    nimg = 0
+    for index, phase in enumerate(schedule.phases):
+        assert (phase.index, phase.nimg_from) == (index, nimg)
+        last = phase.nimg_to - phase.batch
+        assert schedule.at(nimg) is schedule.at(last) is phase
+        assert schedule.step(last) + 1 == schedule.step(last + phase.batch)
+        # The border is the first whole step at or after the planned one.
+        assert 0 <= phase.nimg_to - 1000 * phase.kimg_to < phase.batch
+        nimg = phase.nimg_to
+    assert schedule.nimg_total == nimg == 12_000_000
+
+
+def test_alpha_rises_linearly_over_a_fade() -> None:
+    schedule = make_schedule(Config())
+    assert [schedule.at(n).alpha(n) for n in (0, 599_999)] == [1.0, 1.0]
+    fade = schedule.phases[1]
+    assert fade.alpha(600_000) == 0.0
+    assert fade.alpha(900_000) == 0.5
+    assert fade.alpha(1_200_000) == 1.0
+    assert schedule.phases[2].alpha(1_200_001) == 1.0
+
+
+def test_a_total_that_cuts_a_fade_does_not_make_it_faster() -> None:
+    long = make_schedule(Config(schedule=ScheduleConfig()))
+    short = make_schedule(Config(schedule=ScheduleConfig(total_kimg=900)))
+    assert short.nimg_total == long.at(900_000).nimg_from + -(-(900_000 - long.at(900_000).nimg_from) // 256) * 256
+    for nimg in range(0, 900_000, 10_000):
+        assert short.at(nimg).alpha(nimg) == long.at(nimg).alpha(nimg)
+        assert short.at(nimg).nimg_from == long.at(nimg).nimg_from
+
+
+def test_other_policies() -> None:
+    flat = make_schedule(Config(network=NetworkConfig(resolution=64, grow=False)))
+    assert [(p.resolution, p.fading, p.kimg_to) for p in flat.phases] == [(64, False, 12000)]
+    from16 = make_schedule(Config(network=NetworkConfig(resolution=64), schedule=ScheduleConfig(start_resolution=16)))
+    assert [(p.resolution, p.fading) for p in from16.phases] == [
+        (16, False),
+        (32, True),
+        (32, False),
+        (64, True),
+        (64, False),
+    ]
+    late = make_schedule(Config(schedule=ScheduleConfig(order="fade_first")))
+    assert [(p.resolution, p.fading, p.kimg_from) for p in late.phases[:3]] == [
+        (4, False, 0),
+        (8, True, 1200),
+        (8, False, 1800),
+    ]
+    keep = make_schedule(Config(schedule=ScheduleConfig(reset_adam="never")))
+    assert [p.resets_adam for p in keep.phases] == [True] + [False] * 16
+    once = make_schedule(Config(schedule=ScheduleConfig(reset_adam="fade_start")))
+    assert sum(p.resets_adam for p in once.phases) == 9
+    cut = make_schedule(Config(schedule=ScheduleConfig(fade_kimg=0)))
+    assert not any(p.fading for p in cut.phases)
+    assert len(rows(cut)) == 9
