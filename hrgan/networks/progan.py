@@ -1,0 +1,123 @@
+"""ProGAN's generator and discriminator (Karras et al. 2018, arXiv 1710.10196, table 2 and appendix A), for one phase
+at a time.
+
+A network is built for one resolution, fading or stable, and holds only the RGB layers that this phase uses. Parameter
+names hold the resolution of their block, so they are the same in every phase.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hrgan.config import NetworkConfig
+from hrgan.networks.layers import (
+    HE_GAIN,
+    ScaledConv,
+    ScaledLinear,
+    downsample,
+    lrelu,
+    minibatch_stddev,
+    pixel_norm,
+    upsample,
+)
+
+
+def width(config: NetworkConfig, resolution: int) -> int:
+    """Feature maps at a resolution: 512, 512, 512, 512, 256, ... for 4, 8, 16, 32, 64, ... with the paper's numbers."""
+    if config.widths is not None:
+        return config.widths[resolution.bit_length() - 3]
+    return max(1, min(config.fmap_max, config.fmap_base * 2 // resolution))
+
+
+def sizes(first: int, last: int) -> list[int]:
+    """Powers of two from first to last."""
+    return [1 << power for power in range(first.bit_length() - 1, last.bit_length())]
+
+
+def rgb_sizes(resolution: int, fading: bool) -> list[int]:
+    """Resolutions of the RGB layers that a phase uses."""
+    return [resolution // 2, resolution] if fading else [resolution]
+
+
+class Generator(nn.Module):
+    """z: (N, latent) float32 from N(0, 1) -> (N, channels, R, R) float32, about [-1, 1]."""
+
+    def __init__(self, config: NetworkConfig, resolution: int, fading: bool, bf16: bool = False) -> None:
+        super().__init__()
+        self.resolution, self.fading, self.bf16 = resolution, fading, bf16
+        first = width(config, 4)
+        # The gain of the first layer is sqrt(2)/4 in the authors' code.
+        self.dense = ScaledLinear(config.latent, first * 16, gain=HE_GAIN / 4, bias=False)
+        self.dense_bias = nn.Parameter(torch.empty(first))
+        self.blocks = nn.ModuleDict()
+        for size in sizes(4, resolution):
+            before = width(config, max(4, size // 2))
+            block = (
+                [ScaledConv(first, first, 3)]
+                if size == 4
+                else [ScaledConv(before, width(config, size), 3, resample="up")]
+            )
+            if size > 4:
+                block.append(ScaledConv(width(config, size), width(config, size), 3))
+            self.blocks[str(size)] = nn.ModuleList(block)
+        self.to_rgb = nn.ModuleDict(
+            {
+                str(size): ScaledConv(width(config, size), config.channels, 1, gain=1)
+                for size in rgb_sizes(resolution, fading)
+            }
+        )
+
+    def forward(self, z: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
+        """Images. `alpha` in [0, 1] is the weight of the new resolution in a fade; `labels` is None (unconditional)."""
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
+            x = self.dense(pixel_norm(z)).view(len(z), -1, 4, 4) + self.dense_bias.view(1, -1, 1, 1)  # (N, C, 4, 4)
+            x = pixel_norm(lrelu(x.contiguous(memory_format=torch.channels_last)))
+            old = x
+            for size, block in self.blocks.items():
+                if self.fading and size == str(self.resolution):
+                    old = x  # (N, C, R/2, R/2)
+                for conv in block:  # type: ignore[attr-defined]  # a ModuleList
+                    x = pixel_norm(lrelu(conv(x)))
+            image: Tensor = self.to_rgb[str(self.resolution)](x).float()  # (N, channels, R, R)
+            if self.fading:
+                image = torch.lerp(upsample(self.to_rgb[str(self.resolution // 2)](old).float()), image, alpha)
+        return image
+
+
+class Discriminator(nn.Module):
+    """x: (N, channels, R, R) float32 in [-1, 1], N a multiple of 4 -> logits (N, 1) float32."""
+
+    def __init__(self, config: NetworkConfig, resolution: int, fading: bool, bf16: bool = False) -> None:
+        super().__init__()
+        self.resolution, self.fading, self.bf16 = resolution, fading, bf16
+        self.from_rgb = nn.ModuleDict(
+            {str(size): ScaledConv(config.channels, width(config, size), 1) for size in rgb_sizes(resolution, fading)}
+        )
+        self.blocks = nn.ModuleDict()
+        for size in reversed(sizes(8, resolution)):
+            here, below = width(config, size), width(config, size // 2)
+            self.blocks[str(size)] = nn.ModuleList(
+                [ScaledConv(here, here, 3), ScaledConv(here, below, 3, resample="down")]
+            )
+        last = width(config, 4)
+        self.blocks["4"] = nn.ModuleList([ScaledConv(last + 1, last, 3)])
+        self.dense = ScaledLinear(last * 16, last)
+        self.logit = ScaledLinear(last, 1, gain=1)
+
+    def forward(self, x: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
+        """Logits, higher is more real. `alpha` as in the generator; `labels` is None (unconditional)."""
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            image = x.contiguous(memory_format=torch.channels_last)
+            x = lrelu(self.from_rgb[str(self.resolution)](image))  # (N, C, R, R)
+            for size, block in self.blocks.items():
+                if size == "4":
+                    x = minibatch_stddev(x)
+                for conv in block:  # type: ignore[attr-defined]  # a ModuleList
+                    x = lrelu(conv(x))
+                if self.fading and size == str(self.resolution):
+                    old = lrelu(self.from_rgb[str(self.resolution // 2)](downsample(image)))
+                    x = torch.lerp(old, x, alpha)  # (N, C, R/2, R/2)
+            x = lrelu(self.dense(x.flatten(1)))
+            logits: Tensor = self.logit(x).float()
+        return logits

@@ -1,0 +1,107 @@
+"""ProGAN's layers and networks: numbers of the paper, equality of the fused forms, growth by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hrgan.config import Config, NetworkConfig
+from hrgan.networks import layers as L
+from hrgan.networks import make_discriminator, make_generator
+from hrgan.networks.progan import Discriminator, Generator, sizes, width
+
+SMALL = Config(network=NetworkConfig(resolution=32, latent=8, widths=[8, 8, 6, 4]))
+
+
+@pytest.mark.parametrize(("family", "total"), [(Generator, 23_079_115), (Discriminator, 23_087_249)])
+def test_parameter_counts_are_the_paper_s(family: type[torch.nn.Module], total: int) -> None:
+    with torch.device("meta"):
+        networks = [family(NetworkConfig(), size, False) for size in sizes(4, 1024)]
+    largest = sum(p.numel() for p in networks[-1].parameters())
+    other_rgb = sum(p.numel() for network in networks[:-1] for name, p in network.named_parameters() if "rgb" in name)
+    assert largest + other_rgb == total
+
+
+def test_widths_follow_the_paper_s_rule() -> None:
+    assert [width(NetworkConfig(), size) for size in sizes(4, 1024)] == [512, 512, 512, 512, 256, 128, 64, 32, 16]
+
+
+def test_a_phase_holds_only_the_rgb_layers_it_uses() -> None:
+    def names(fading: bool) -> set[str]:
+        return {n.split(".")[1] for n, _ in Generator(SMALL.network, 16, fading).named_parameters() if "rgb" in n}
+
+    assert names(True) == {"8", "16"}
+    assert names(False) == {"16"}
+
+
+@pytest.mark.parametrize("mode", ["up", "down"])
+def test_fused_resampling_equals_the_two_steps(mode: str) -> None:
+    fused, plain = L.ScaledConv(5, 7, 3, resample=mode).double(), L.ScaledConv(5, 7, 3).double()
+    L.initialise(fused, 0, "test")
+    torch.nn.init.normal_(fused.bias)
+    plain.load_state_dict(fused.state_dict())
+    x = torch.randn(2, 5, 6, 6, dtype=torch.float64)
+    expected = plain(L.upsample(x)) if mode == "up" else L.downsample(plain(x))
+    torch.testing.assert_close(fused(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_equalised_learning_rate_gives_unit_variance() -> None:
+    conv = L.ScaledConv(64, 64, 3, gain=1)
+    L.initialise(conv, 0, "test")
+    assert conv.weight.std().item() == pytest.approx(1, abs=0.02)
+    assert conv(torch.randn(4, 64, 16, 16))[..., 1:-1, 1:-1].std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_pixel_norm_gives_each_pixel_unit_mean_square() -> None:
+    x = L.pixel_norm(torch.randn(2, 16, 4, 4) * 37)
+    torch.testing.assert_close(x.square().mean(1), torch.ones(2, 4, 4))
+
+
+def test_minibatch_stddev_is_the_mean_deviation_over_each_chunk_of_four() -> None:
+    x = torch.randn(8, 3, 4, 4)
+    out = L.minibatch_stddev(x)
+    torch.testing.assert_close(out[:, :3], x)
+    for chunk in range(2):
+        expected = x[4 * chunk : 4 * chunk + 4].var(0, unbiased=False).add(1e-8).sqrt().mean()
+        torch.testing.assert_close(out[4 * chunk : 4 * chunk + 4, 3], expected.expand(4, 4, 4))
+
+
+def test_fades_blend_rgb_in_g_and_features_in_d() -> None:
+    z, x = torch.randn(4, 8), torch.randn(4, 3, 16, 16)
+    old_g, new_g = make_generator(SMALL, 8, False, False), make_generator(SMALL, 16, True, False)
+    old_d, new_d = make_discriminator(SMALL, 8, False, False), make_discriminator(SMALL, 16, True, False)
+    # At alpha 0 the grown networks compute what the ones before them did.
+    torch.testing.assert_close(new_g(z, None, 0.0), L.upsample(old_g(z, None, 1.0)))
+    torch.testing.assert_close(new_d(x, None, 0.0), old_d(L.downsample(x), None, 1.0))
+    # At alpha 1 they compute what the stable networks after them do.
+    torch.testing.assert_close(new_g(z, None, 1.0), make_generator(SMALL, 16, False, False)(z, None, 1.0))
+    torch.testing.assert_close(new_d(x, None, 1.0), make_discriminator(SMALL, 16, False, False)(x, None, 1.0))
+    # Between, G's image is linear in alpha.
+    half = (new_g(z, None, 0.0) + new_g(z, None, 1.0)) / 2
+    torch.testing.assert_close(new_g(z, None, 0.5), half)
+
+
+def test_growing_adds_exactly_the_new_block_s_keys() -> None:
+    for make in (make_generator, make_discriminator):
+        old, new = set(make(SMALL, 8, False, False).state_dict()), set(make(SMALL, 16, True, False).state_dict())
+        assert old < new
+        assert all(".16." in name for name in new - old)
+
+
+def test_shapes_ranges_and_initial_scale() -> None:
+    config = Config(network=NetworkConfig(resolution=32, channels=1))
+    g, d = make_generator(config, 32, False, False), make_discriminator(config, 32, False, False)
+    images = g(torch.randn(8, 512), None, 1.0)
+    assert images.shape == (8, 1, 32, 32)
+    assert images.dtype == torch.float32
+    assert 0.3 < images.std().item() < 3
+    assert d(images, None, 1.0).shape == (8, 1)
+
+
+def test_bf16_computes_nearly_the_same_in_float32_out() -> None:
+    config = Config(network=NetworkConfig(resolution=32, latent=64, widths=[64, 64, 64, 64]))
+    z = torch.randn(4, 64)
+    full, half = (make_generator(config, 32, False, bf16)(z, None, 1.0) for bf16 in (False, True))
+    assert half.dtype == torch.float32
+    error = (full - half).square().mean().sqrt() / full.square().mean().sqrt()
+    assert 1e-4 < error < 0.03  # Some rounding, so that it is known to have been on; bf16 has 8 bits.
