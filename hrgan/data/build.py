@@ -1,0 +1,499 @@
+"""Sources to a set: a folder of images, or `drawn:COUNT`, to tiered shards with a manifest.
+
+The same source, options and seed give byte-identical shards, whatever the listing order or the number of workers:
+samples are sorted by a keyed hash of their relative paths, and results are written in that order. Memory does not grow
+with the number of images: the list of files and the content hashes live in a temporary sqlite database in OUT.
+"""
+
+import contextlib
+import csv
+import errno
+import fcntl
+import hashlib
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from hrgan.data import manifest as manifests
+from hrgan.data.manifest import Manifest, SetWriter
+from hrgan.errors import DataError, UserError
+
+SKIPPED = "skipped.csv"
+INDEX = "build.sqlite"
+LOCK = "build.lock"
+LIMITED = ("unreadable", "too_small", "bomb")
+"""Reasons that count against max_skipped."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How each picture is made; sent to every worker process. source: a folder, or None for the drawn set."""
+
+    source: str | None
+    tiers: tuple[int, ...]
+    format: str
+    quality: int
+    channels: int
+    min_size: int
+    seed: int
+
+
+class Made(NamedTuple):
+    """One picture's result: sha256 of its source's bytes and its encoded tiers, or why it was skipped."""
+
+    content: bytes = b""
+    tiers: tuple[bytes, ...] = ()
+    reason: str = ""
+    detail: str = ""
+
+
+Result = tuple[str, str, Made]
+"""A file's path, its class and what was made of it."""
+
+
+def build(
+    source: str,
+    out: Path,
+    resolution: int,
+    *,
+    name: str | None = None,
+    labels: Literal["none", "folder"] = "none",
+    image_format: Literal["webp", "png", "jpeg"] = "webp",
+    quality: int = 95,
+    channels: int = 3,
+    min_size: int = 0,
+    max_skipped: float = 0.01,
+    workers: int,
+    seed: int = 0,
+    shard_samples: int | None = None,
+    overwrite: bool = False,
+) -> Manifest:
+    """Build the set `out` from `source` and return its manifest, which is written last: without it `out` is no set.
+
+    source: a folder, nested or not, of JPEG, PNG, WebP, BMP or TIFF files; or "drawn:COUNT", the built-in drawn set.
+    resolution: a power of two of 16 or more; a tier is stored for each power of two from 16 to it.
+    labels: "folder" makes the first sub-folder (of the drawn set: the shape) the class; "none" stores no classes.
+    image_format: "webp" and "png" are lossless; "jpeg" has `quality` 1 to 100. channels: 3, or 1 for grey. min_size:
+    skip images with a shorter side in pixels (0: no limit; smaller ones are enlarged).
+    max_skipped: the largest share of the images found that may be unreadable, too small or decompression bombs. Files
+    with the bytes of an earlier one are skipped, counted and listed too, but not against this limit: nothing is lost
+    with them. workers: processes (0 or 1: this one). shard_samples: samples in a shard (None: 128 to 4096, by
+    resolution). overwrite: replace a finished set in `out`; the old one is deleted first.
+
+    Raises UserError for wrong arguments, a missing source, an `out` that is busy or holds other files, or a full disk;
+    DataError for no usable images or too many skipped (`out/skipped.csv` lists them). No error leaves a manifest
+    behind.
+    """
+    out = Path(out)
+    drawn = _drawn_count(source)
+    _check_arguments(
+        source if drawn is None else None, labels, image_format, quality, channels, max_skipped, shard_samples
+    )
+    name = name if name is not None else _plain_name("drawn" if drawn is not None else Path(source).resolve().name)
+    if name != _plain_name(name):
+        raise UserError(f"name is {name!r}, expected letters, digits, - and _; nearest: {_plain_name(name)!r}")
+    tiers = manifests.valid_tiers(resolution)
+    options = Options(source if drawn is None else None, tiers, image_format, quality, channels, min_size, seed)
+    per_shard = shard_samples or max(128, min(4096, 2**27 // resolution**2))
+    with _disk_errors_named(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with _locked(out):
+            _prepare(out, overwrite)
+            try:
+                with _disk_errors_named(out):
+                    result = _build(out, name, options, drawn, labels == "folder", per_shard, workers, max_skipped)
+                    manifests.save(result, out)
+            except BaseException:
+                _clean(out, keep=SKIPPED)
+                raise
+    return result
+
+
+def _build(
+    out: Path,
+    name: str,
+    options: Options,
+    drawn: int | None,
+    labelled: bool,
+    per_shard: int,
+    workers: int,
+    max_skipped: float,
+) -> Manifest:
+    """Everything between the lock and the manifest: find, order, make, write, count."""
+    from hrgan.data.images import FILTER
+
+    with contextlib.closing(_Index(out / INDEX, options.seed)) as index:
+        if drawn is None:
+            _scan(index, Path(options.source or ""), out, labelled)
+        else:
+            _list_drawn(index, drawn, options.seed, labelled)
+        classes = index.classes() if labelled else ()
+        with contextlib.closing(SetWriter(out, name, options.tiers, options.format, per_shard)) as writer:
+            skipped, counts = _write_samples(out, index, options, classes, writer, workers)
+            shards = writer.finish()
+        found = index.found
+    (out / INDEX).unlink()
+    _report(out, found, sum(counts.values()), skipped, max_skipped)
+    result = Manifest(
+        version=manifests.VERSION,
+        name=name,
+        channels=options.channels,
+        bits=8,
+        resolution=options.tiers[-1],
+        filter=FILTER,
+        format=options.format,
+        quality=options.quality,
+        seed=options.seed,
+        fit="crop",
+        classes=classes,
+        class_counts=tuple(counts[label] for label in range(len(classes))),
+        num_samples=sum(counts.values()),
+        real_set="",
+        tiers=shards,
+    )
+    return manifests.with_set_hash(result)
+
+
+def _write_samples(
+    out: Path, index: "_Index", options: Options, classes: tuple[str, ...], writer: SetWriter, workers: int
+) -> tuple[Counter[str], Counter[int]]:
+    """Make every picture and write the usable ones; returns how many were skipped by reason and written by label."""
+    skipped: Counter[str] = Counter()
+    counts: Counter[int] = Counter()
+    numbers = {name: label for label, name in enumerate(classes)}
+    with open(out / SKIPPED, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        lines = csv.writer(file)
+        lines.writerow(("file", "reason", "detail"))
+        with contextlib.closing(_made(options, index.files(), workers)) as results:
+            for path, group, made in _shown(results, index.found):
+                reason, detail = made.reason, made.detail
+                if not reason:
+                    earlier = index.earlier(made.content, path)
+                    if earlier is not None:
+                        reason, detail = "duplicate", f"same bytes as {earlier}"
+                if reason:
+                    skipped[reason] += 1
+                    lines.writerow((path, reason, detail))
+                else:
+                    label = numbers.get(group, 0)
+                    counts[label] += 1
+                    writer.write(made.tiers, label, path)
+    return skipped, counts
+
+
+def _report(out: Path, found: int, stored: int, skipped: Counter[str], max_skipped: float) -> None:
+    """Say what was stored and skipped; DataError when that is too little or too much."""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
+    lost = sum(skipped[reason] for reason in LIMITED)
+    if lost > max_skipped * found:
+        raise DataError(
+            f"{lost} of {found} images cannot be used ({reasons}), more than the share {max_skipped} allowed; "
+            f"see {out / SKIPPED}, then mend or remove them or raise max_skipped"
+        )
+    if not stored:
+        raise DataError(f"none of {found} images can be used ({reasons}); see {out / SKIPPED}")
+    print(
+        f"{found} images found, {stored} stored, {found - stored} skipped", reasons and f"({reasons})", file=sys.stderr
+    )
+
+
+# Arguments
+
+
+def _drawn_count(source: str) -> int | None:
+    """COUNT of "drawn:COUNT", None for a folder."""
+    if not str(source).startswith("drawn:"):
+        return None
+    count = str(source).removeprefix("drawn:")
+    if not count.isdecimal() or int(count) < 1:
+        raise UserError(f"source is {source!r}, expected drawn:COUNT with a COUNT of 1 or more, for example drawn:2000")
+    return int(count)
+
+
+def _plain_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "set"
+
+
+def _check_arguments(
+    folder: str | None,
+    labels: str,
+    image_format: str,
+    quality: int,
+    channels: int,
+    max_skipped: float,
+    shard_samples: int | None,
+) -> None:
+    problems = []
+    if folder is not None and not os.path.isdir(folder):
+        problems.append(f"source {folder} is no folder, expected a folder of images or drawn:COUNT")
+    if labels not in ("none", "folder"):
+        problems.append(f"labels is {labels!r}, expected none or folder")
+    if image_format not in manifests.EXTENSIONS:
+        problems.append(f"image_format is {image_format!r}, expected {', '.join(manifests.EXTENSIONS)}")
+    if not 1 <= quality <= 100:
+        problems.append(f"quality is {quality}, expected 1 to 100")
+    if channels not in (1, 3):
+        problems.append(f"channels is {channels}, expected 1 or 3")
+    if not 0 <= max_skipped <= 1:
+        problems.append(f"max_skipped is {max_skipped}, expected a share from 0 to 1")
+    if shard_samples is not None and shard_samples < 1:
+        problems.append(f"shard_samples is {shard_samples}, expected 1 or more")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+# The output folder
+
+
+@contextlib.contextmanager
+def _disk_errors_named(out: Path) -> Iterator[None]:
+    """A full or read-only disk as a UserError with the folder, what failed and the free space."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        full = isinstance(error, sqlite3.Error) and error.sqlite_errorcode == sqlite3.SQLITE_FULL
+        refused = isinstance(error, OSError) and error.errno in (
+            errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST
+        )  # fmt: skip
+        if not (full or refused):
+            raise
+        what = getattr(error, "filename", None) or (INDEX if full else "a file")
+        free = f"{shutil.disk_usage(out).free / 2**20:.1f} MB free" if out.is_dir() else "no such folder"
+        raise UserError(f"{out}: cannot write {what} ({error}), {free}; make room or choose another OUT") from error
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One build at a time in a folder. The kernel drops the lock with this process, however that ends."""
+    path = out / LOCK
+    with open(path, "w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not held by forked workers
+            # The file may have been removed by a build that ended between our opening and locking it.
+            current = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, PermissionError):
+            current = False
+        if not current:
+            raise UserError(f"{out}: another build is writing here; wait for it or choose another OUT")
+        try:
+            yield
+        finally:
+            path.unlink()
+
+
+def _is_tier(path: Path) -> bool:
+    """Whether a folder is what a build writes: named by a power of two, with tar files only."""
+    side = int(path.name) if path.name.isdecimal() else 0
+    return side >= 16 and not side & (side - 1) and path.is_dir() and all(p.suffix == ".tar" for p in path.iterdir())
+
+
+def _is_cache(path: Path) -> bool:
+    """Whether a folder is what evaluations leave beside a set: statistics of its pictures."""
+    return path.name == "stats" and path.is_dir() and all(p.suffix == ".safetensors" for p in path.iterdir())
+
+
+def _prepare(out: Path, overwrite: bool) -> None:
+    """Remove what an interrupted build (or, with overwrite, a finished one) left; UserError for anything else."""
+    if (out / manifests.FILE).exists() and not overwrite:
+        raise UserError(f"{out} already holds a set; add --overwrite to replace it or choose another OUT")
+    ours = {manifests.FILE, manifests.FILE + ".tmp", SKIPPED, INDEX, LOCK}
+    for entry in sorted(out.iterdir()):
+        if entry.name not in ours and not _is_tier(entry) and not _is_cache(entry):
+            raise UserError(f"{out} holds {entry.name}, which no build wrote; choose an empty or new OUT")
+    _clean(out)
+
+
+def _clean(out: Path, keep: str = "") -> None:
+    """Remove a set, whole or partial; its manifest first, so that no moment shows a manifest without its shards."""
+    for name in (manifests.FILE, manifests.FILE + ".tmp", INDEX, SKIPPED):
+        if name != keep:
+            (out / name).unlink(missing_ok=True)
+    for entry in out.iterdir():
+        if entry.is_dir() and (_is_tier(entry) or _is_cache(entry)):
+            shutil.rmtree(entry)
+
+
+# Finding and ordering
+
+
+class _Index:
+    """The files found, in sample order, and the contents seen: a temporary database, so that memory stays constant."""
+
+    def __init__(self, path: Path, seed: int) -> None:
+        self.found = 0
+        self._key = hashlib.blake2b(str(seed).encode(), digest_size=32).digest()
+        self._database = sqlite3.connect(path, isolation_level=None)
+        for line in ("journal_mode=OFF", "synchronous=OFF", "locking_mode=EXCLUSIVE"):  # lost with the build anyway
+            self._database.execute(f"PRAGMA {line}")
+        columns = "place BLOB, path BLOB, class BLOB, PRIMARY KEY (place, path)"
+        self._database.execute(f"CREATE TABLE file ({columns}) WITHOUT ROWID")
+        self._database.execute("CREATE TABLE content (hash BLOB PRIMARY KEY, path BLOB) WITHOUT ROWID")
+        self._database.execute("BEGIN")
+
+    def add(self, path: str, group: str) -> None:
+        """path: relative, with forward slashes; its keyed hash is its place in the order."""
+        name = os.fsencode(path)  # names on disk need not be valid unicode
+        place = hashlib.blake2b(name, digest_size=16, key=self._key).digest()
+        self._database.execute("INSERT INTO file VALUES (?, ?, ?)", (place, name, os.fsencode(group)))
+        self.found += 1
+
+    def files(self) -> Iterator[tuple[str, str]]:
+        """(path, class) of every file, in sample order."""
+        for path, group in self._database.execute("SELECT path, class FROM file ORDER BY place, path"):
+            yield os.fsdecode(path), os.fsdecode(group)
+
+    def classes(self) -> tuple[str, ...]:
+        """The class names, sorted."""
+        return tuple(sorted(os.fsdecode(row[0]) for row in self._database.execute("SELECT DISTINCT class FROM file")))
+
+    def earlier(self, content: bytes, path: str) -> str | None:
+        """The path of the earlier file with this content; None, and noted, for new content."""
+        try:
+            self._database.execute("INSERT INTO content VALUES (?, ?)", (content, os.fsencode(path)))
+        except sqlite3.IntegrityError:
+            row = self._database.execute("SELECT path FROM content WHERE hash = ?", (content,)).fetchone()
+            return os.fsdecode(row[0])
+        return None
+
+    def close(self) -> None:
+        self._database.close()
+
+
+def _scan(index: _Index, source: Path, out: Path, labelled: bool) -> None:
+    """Add every image under `source`; DataError when there is none, UserError for one without a class."""
+    from hrgan.data.images import ENDINGS
+
+    others: Counter[str] = Counter()
+    for path in _walk(source, "", out.stat(), ()):
+        ending = os.path.splitext(path)[1].lower()
+        if ending not in ENDINGS:
+            others[ending or "no ending"] += 1
+            continue
+        group, slash, _ = path.partition("/")
+        if labelled and not slash:
+            raise UserError(f"{source / path} is in no class folder; move it into one or build without labels")
+        index.add(path, group)
+    if not index.found:
+        kinds = ", ".join(f"{ending} {count}" for ending, count in others.most_common(5))
+        found = f"{others.total()} other files ({kinds})" if others else "no files"
+        raise DataError(f"{source}: found {found}, expected images ({', '.join(sorted(ENDINGS))})")
+
+
+def _walk(root: Path, folder: str, out: os.stat_result, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Relative paths of all files, through links, but not into OUT and not round a loop of links."""
+    path = root / folder
+    try:
+        status = path.stat()
+        here = (status.st_dev, status.st_ino)
+        if here in above or os.path.samestat(status, out):
+            return
+        with os.scandir(path) as entries:
+            for entry in entries:
+                name = f"{folder}{entry.name}"
+                if entry.is_dir():
+                    yield from _walk(root, name + "/", out, (*above, here))
+                else:
+                    yield name
+    except PermissionError as error:
+        raise UserError(f"{path}: {error.strerror}; make the folder readable or move it out of {root}") from None
+
+
+def _list_drawn(index: _Index, count: int, seed: int, labelled: bool) -> None:
+    from hrgan.data.drawn import factors
+
+    for i in range(count):
+        index.add(f"drawn/{i:06d}", factors(i, seed).shape if labelled else "")
+
+
+# Making, in parallel
+
+
+def make(options: Options, path: str) -> Made:
+    """One picture: read (or draw), crop, resize to each tier, encode. Runs in the worker processes."""
+    from hrgan.data import drawn, images
+
+    if options.source is None:
+        image = drawn.draw(int(path.removeprefix("drawn/")), options.seed, options.tiers[-1])
+        content = hashlib.sha256(path.encode()).digest()
+    else:
+        try:
+            data = Path(options.source, path).read_bytes()
+            content = hashlib.sha256(data).digest()
+            image = images.read_image(data, options.min_size)
+        except OSError as error:
+            return Made(reason="unreadable", detail=str(error.strerror))
+        except images.Unusable as error:
+            return Made(reason=error.args[0], detail=error.args[1])
+    tiers = images.make_tiers(image, options.tiers, options.channels)
+    return Made(content, tuple(images.encode(tier, options.format, options.quality) for tier in tiers))
+
+
+def _made(options: Options, files: Iterator[tuple[str, str]], workers: int) -> Generator[Result, None, None]:
+    """(path, class, result) in the order of `files`, at most a few per worker in flight."""
+    if workers <= 1:
+        for path, group in files:
+            yield path, group, make(options, path)
+        return
+    # fork: neither the main module nor anything heavy is imported again, and no thread of ours runs at this point.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker)
+    flying: deque[tuple[str, str, Future[Made]]] = deque()
+    try:
+        for path, group in files:
+            flying.append((path, group, pool.submit(make, options, path)))
+            if len(flying) >= 4 * workers:
+                path, group, future = flying.popleft()
+                yield path, group, future.result()
+        while flying:
+            path, group, future = flying.popleft()
+            yield path, group, future.result()
+    except BrokenProcessPool as error:
+        raise UserError(f"a worker process was killed, perhaps for memory; use fewer than {workers} workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the main process, and end with it even when it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        if parent is not None:
+            wait([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _shown(results: Iterator[Result], total: int) -> Generator[Result, None, None]:
+    """Pass results on while showing progress: a bar on a terminal, else a line each 10 seconds."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    interval = 0.2 if console.is_terminal else 10.0
+    last = time.monotonic()
+    # auto_refresh would be a thread, which does not go well with fork
+    with Progress(console=console, auto_refresh=False, disable=not console.is_terminal) as bar:
+        task = bar.add_task("images", total=total)
+        for done, result in enumerate(results, start=1):
+            yield result
+            if time.monotonic() - last > interval or done == total:
+                last = time.monotonic()
+                bar.update(task, completed=done, refresh=True)
+                if not console.is_terminal and done < total:
+                    print(f"{done} of {total} images", file=sys.stderr, flush=True)
