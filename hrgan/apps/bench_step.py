@@ -1,0 +1,124 @@
+"""Training speed on this machine: images per second at each resolution in float32 and bf16, and where a step's time
+goes.
+
+The parts are the training loop's own functions (`hrgan.train`), timed whole and one by one; on CUDA the clock stops
+only when the device is done. Networks are those of the configuration at each resolution, in a stable phase.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from hrgan.config import Config, resolutions
+from hrgan.engine import Engine
+from hrgan.schedule import Phase, make_schedule
+from hrgan.train import d_step, g_step, penalise, penalty_weight, prepare_step
+
+Row = dict[str, Any]
+
+
+def bench_step(config: Config, seconds: float) -> list[Row]:
+    """A row for each resolution and precision: img_per_sec of the whole step, and the shares of D, G, penalty, EMA
+    and data in it."""
+    rows = []
+    for size in resolutions(config):
+        for precision in ("float32", "bf16"):
+            engine = Engine(replace(config, precision=precision))
+            phase = next(
+                phase for phase in make_schedule(config).phases if phase.resolution == size and not phase.fading
+            )
+            engine.enter(phase, None)
+            rows.append(
+                {
+                    "resolution": size,
+                    "precision": precision,
+                    "batch": phase.batch,
+                    **_measure(engine, config, phase, seconds),
+                }
+            )
+    return rows
+
+
+def _measure(engine: Engine, config: Config, phase: Phase, seconds: float) -> Row:
+    local = phase.batch // engine.world
+    shape = (local, config.network.channels, phase.resolution, phase.resolution)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+    micros = prepare_step(engine, config, phase, 0, images)
+    state = {"step": 0}
+
+    def whole() -> None:
+        inputs = prepare_step(engine, config, phase, phase.batch * state["step"], images)
+        d_step(engine, config, phase, inputs, 1.0, penalty_weight(config, state["step"]))
+        g_step(engine, config, inputs, 1.0)
+        engine.update_ema()
+        state["step"] += 1
+
+    def penalty_alone() -> None:
+        for micro in micros:
+            engine.backward(penalise(engine, config, phase, micro, micro.real.flip(0), 1.0))
+        engine.discriminator.optimizer.zero_grad(set_to_none=True)
+
+    step = _seconds_of(whole, engine, seconds)
+    each = {
+        "d": _seconds_of(lambda: d_step(engine, config, phase, micros, 1.0, 0.0), engine, seconds / 4),
+        "g": _seconds_of(lambda: g_step(engine, config, micros, 1.0), engine, seconds / 4),
+        # A lazy penalty costs its share of the steps.
+        "penalty": _seconds_of(penalty_alone, engine, seconds / 4)
+        / (1 if config.loss.kind == "wgan-gp" else config.loss.r1_every),
+        "ema": _seconds_of(engine.update_ema, engine, seconds / 16),
+        "data": _seconds_of(lambda: prepare_step(engine, config, phase, 0, images), engine, seconds / 16),
+    }
+    total = sum(each.values())
+    return {
+        "img_per_sec": phase.batch / step,
+        "step_ms": step * 1000,
+        "share": {name: value / total for name, value in each.items()},
+    }
+
+
+def _seconds_of(act: Callable[[], Tensor | list[Any] | None], engine: Engine, seconds: float) -> float:
+    """Mean seconds of a call over about `seconds`, after three calls to warm up."""
+    for _ in range(3):
+        act()
+    _wait(engine)
+    began, calls = time.perf_counter(), 0
+    while calls < 3 or time.perf_counter() - began < seconds:
+        act()
+        calls += 1
+    _wait(engine)
+    return (time.perf_counter() - began) / calls
+
+
+def _wait(engine: Engine) -> None:
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+
+
+def print_table(rows: list[Row]) -> None:
+    """For people."""
+    table = Table(
+        title=f"training step, {torch.get_num_threads()} CPU threads"
+        if not torch.cuda.is_available()
+        else torch.cuda.get_device_name()
+    )
+    for column in ("size", "precision", "batch", "img/s", "step ms", "D", "G", "penalty", "EMA", "data"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        shares = [f"{row['share'][name]:.0%}" for name in ("d", "g", "penalty", "ema", "data")]
+        table.add_row(
+            f"{row['resolution']}²",
+            row["precision"],
+            str(row["batch"]),
+            f"{row['img_per_sec']:.1f}",
+            f"{row['step_ms']:.1f}",
+            *shares,
+        )
+    Console(width=110).print(table)

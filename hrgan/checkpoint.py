@@ -1,0 +1,246 @@
+"""Run state on disk: portable, atomic, verified.
+
+A checkpoint is a folder named by nimg: one safetensors file for each of the engine's PARTS (whole float32 tensors by
+parameter name), `state.json`, and `manifest.json` with the sha256 of the others, written last. The folder is written
+under another name, fsync'ed and renamed, then `latest` is replaced: a kill at any moment leaves the checkpoints
+before it whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from hrgan.config import Config, from_dict
+from hrgan.engine import PARTS, State
+from hrgan.errors import UserError
+
+FORMAT = 1
+"""Version of the checkpoint and of the run directory."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run knows besides tensors."""
+
+    nimg: int = 0
+    """Real images shown to the discriminator."""
+    skipped_steps: int = 0
+    """Steps skipped for non-finite numbers."""
+    bad_samples: int = 0
+    """Samples replaced because they could not be read."""
+    seconds: float = 0.0
+    """Wall-clock time of training so far."""
+    best_nimg: int | None = None
+    """nimg of the best evaluation at this resolution."""
+    best_metric: float | None = None
+    """Its value; lower is better."""
+    best_name: str | None = None
+    """What it is a value of: metric, extractor's sha256 and resolution. Others are not compared with it."""
+
+
+# Writing
+
+
+def save(run: Path, state: State, progress: Progress, config: Config, real_set: str) -> Path:
+    """Write the checkpoint of `progress.nimg` and point `latest` at it. UserError on a full disk: what was saved
+    before stays."""
+    folder = run / "checkpoints"
+    final, partial = folder / str(progress.nimg), folder / f".writing-{progress.nimg}"
+    description = {
+        "format": FORMAT,
+        "resolution": state.resolution,
+        "fading": state.fading,
+        "real_set": real_set,
+        "progress": asdict(progress),
+        "config": asdict(config),
+    }
+    with clear_on_full_disk(partial):
+        for leftover in folder.glob(".writing-*"):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+        hashes = {}
+        for name in PARTS:
+            tensors = {key: tensor.to("cpu").contiguous() for key, tensor in state.parts[name].items()}
+            hashes[f"{name}.safetensors"] = write_durably(
+                partial / f"{name}.safetensors", safetensors.torch.save(tensors)
+            )
+        hashes["state.json"] = write_durably(partial / "state.json", json.dumps(description, indent=1).encode())
+        write_durably(partial / "manifest.json", json.dumps(hashes, indent=1).encode())
+        fsync_folder(partial)
+        if final.exists():  # Only ever one that did not verify, or the same moment once more.
+            shutil.rmtree(final)
+        partial.rename(final)
+        fsync_folder(folder)
+        point(run, "latest", progress.nimg)
+    return final
+
+
+def point(run: Path, name: str, nimg: int) -> None:
+    """Make `run/name` (latest or best) name the checkpoint of `nimg`, atomically."""
+    partial = run / f".{name}"
+    write_durably(partial, f"{nimg}\n".encode())
+    os.replace(partial, run / name)
+    fsync_folder(run)
+
+
+def write_durably(path: Path, content: bytes) -> str:
+    """Write and fsync a file; its sha256."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def clear_on_full_disk(partial: Path) -> Iterator[None]:
+    """Turn a failed write into one clear UserError and remove the half-written folder."""
+    try:
+        yield
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        run = partial.parent.parent
+        free = shutil.disk_usage(run).free / 2**20
+        raise UserError(
+            f"{run}: {error.strerror} while saving {partial.name.removeprefix('.writing-')} ({free:.0f} MiB "
+            "free); earlier checkpoints are "
+            "untouched: free some space and run the same command again"
+        ) from error
+
+
+def prune(run: Path, keep: int, keep_every_kimg: float | None, best: int | None) -> None:
+    """Delete checkpoints besides the newest `keep`, the best, and the first of each `keep_every_kimg`."""
+    saved = sorted(int(path.name) for path in numbered(run))
+    kept = {*saved[-keep:], best}
+    if keep_every_kimg is not None:
+        first: dict[int, int] = {}
+        for nimg in saved:
+            first.setdefault(int(nimg / 1000 // keep_every_kimg), nimg)
+        kept.update(first.values())
+    for nimg in saved:
+        if nimg not in kept:
+            doomed = (
+                run / "checkpoints" / f".writing-{nimg}"
+            )  # A kill in the middle must not leave half a folder with a good name.
+            (run / "checkpoints" / str(nimg)).rename(doomed)
+            shutil.rmtree(doomed)
+
+
+# Reading
+
+
+def numbered(run: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first."""
+    folder = run / "checkpoints"
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return sorted(found, key=lambda path: -int(path.name))
+
+
+def fault(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, in words, or None when every file is there and has its sha256."""
+    try:
+        hashes = json.loads((folder / "manifest.json").read_text())
+        for name, expected in hashes.items():
+            with (folder / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != expected:
+                return f"{name} is altered (sha256 {found[:12]}, expected {expected[:12]})"
+        version = json.loads((folder / "state.json").read_text())["format"]
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return f"cannot be read ({error})"
+    return None if version == FORMAT else f"has format {version}, this hrgan reads {FORMAT}"
+
+
+def newest(run: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that verifies; those passed over are said. None when the run has none; UserError when
+    none verifies."""
+    faults = []
+    for folder in numbered(run):
+        reason = fault(folder)
+        if reason is None:
+            return folder
+        faults.append(f"{folder.name}: {reason}")
+        say(f"checkpoint {folder} passed over: {reason}")
+    if faults:
+        raise UserError(
+            f"{run}: no checkpoint can be used ({'; '.join(faults)}); remove {run / 'checkpoints'} to start anew"
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint in memory."""
+
+    state: State
+    progress: Progress
+    config: Config
+    real_set: str
+
+
+def load(folder: Path, parts: tuple[str, ...] = PARTS) -> Saved:
+    """Read a checkpoint that verifies; `parts` may name fewer files."""
+    description: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    tensors: dict[str, dict[str, torch.Tensor]] = {
+        name: safetensors.torch.load_file(folder / f"{name}.safetensors") for name in parts
+    }
+    state = State(description["resolution"], description["fading"], tensors)
+    return Saved(state, Progress(**description["progress"]), saved_config(description), description["real_set"])
+
+
+def saved_config(description: dict[str, Any]) -> Config:
+    """The configuration in a state.json. JSON turns the keys of maps by resolution into strings; this turns them
+    back."""
+
+    def integer_keys(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {int(key) if key.isdigit() else key: integer_keys(item) for key, item in value.items()}
+
+    return from_dict(integer_keys(description["config"]))
+
+
+def find(target: Path) -> Path:
+    """The checkpoint that a run directory (its best, else its newest) or a checkpoint folder means; UserError naming
+    what is wrong."""
+    if (target / "state.json").exists() or target.name.isdigit():
+        folder = target
+    elif (target / "checkpoints").is_dir():
+        name = next((target / pointer for pointer in ("best", "latest") if (target / pointer).exists()), None)
+        if name is None:
+            raise UserError(f"{target}: no checkpoint yet; train it first")
+        folder = target / "checkpoints" / name.read_text().strip()
+    else:
+        raise UserError(
+            f"{target}: neither a run directory nor a checkpoint folder; name for example runs/demo or "
+            "runs/demo/checkpoints/120000"
+        )
+    reason = fault(folder)
+    if reason is not None:
+        raise UserError(f"{folder}: {reason}; name another checkpoint")
+    return folder

@@ -1,0 +1,146 @@
+"""What a run says: log.jsonl, metrics.jsonl, TensorBoard and one live line. For the main process only."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from hrgan.schedule import Phase, Schedule
+
+Row = dict[str, Any]
+
+
+class RunLog:
+    """Writes the records of one run directory. Rows after `nimg` in it are dropped: a resumed run makes them again."""
+
+    def __init__(self, run: Path, nimg: int, tensorboard: bool) -> None:
+        self.run = run
+        for name in ("log.jsonl", "metrics.jsonl"):
+            drop_after(run / name, nimg)
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        if self.live:
+            self.live.start()
+        self.events: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # Takes a second to import: not for runs that do without.
+
+            self.events = SummaryWriter(str(run / "events"), purge_step=nimg)
+
+    def say(self, line: str) -> None:
+        """One line for a person."""
+        self.console.print(line, markup=False)
+        self.console.file.flush()
+
+    def tick(self, row: Row, fading: bool, total_kimg: float, eta_seconds: float) -> None:
+        """A row of log.jsonl, and the live line."""
+        append(self.run / "log.jsonl", row)
+        losses = "  ".join(
+            f"{name} {'skipped' if row[key] is None else format(row[key], '.3f'):>7}"
+            for name, key in (("D", "loss_d"), ("G", "loss_g"))
+        )
+        line = (
+            f"{row['resolution']}² {'fade' if fading else 'stable':6} {row['kimg']:8.1f}/{total_kimg:g} kimg  "
+            f"{row['img_per_sec']:7.1f} img/s  data {row['data_wait']:4.0%}  {losses}  ETA {clock(eta_seconds)}"
+        )
+        if self.live:
+            self.live.update(Text(line), refresh=True)
+        else:
+            self.say(line)
+        self._scalars("train", row)
+
+    def metric(self, row: Row) -> None:
+        """A row of metrics.jsonl."""
+        append(self.run / "metrics.jsonl", row)
+        self._scalars(
+            "metrics", {key: value for key, value in row.items() if isinstance(value, float)} | {"nimg": row["nimg"]}
+        )
+
+    def _scalars(self, group: str, row: Row) -> None:
+        if self.events is not None:
+            for key, value in row.items():
+                if isinstance(value, (int, float)) and not isinstance(value, bool) and key not in ("nimg", "kimg"):
+                    self.events.add_scalar(f"{group}/{key}", value, row["nimg"])
+            self.events.flush()
+
+    def close(self) -> None:
+        """Flush and release the terminal."""
+        if self.live:
+            self.live.stop()
+        if self.events is not None:
+            self.events.close()
+
+
+def append(path: Path, row: Row) -> None:
+    """Add one line of JSON in a single write, so that a kill leaves whole lines and at most one cut one, which
+    `drop_after` removes."""
+    with path.open("a") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The whole lines of a JSONL file; a last line that a kill cut is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # Only the last line can be cut.
+            break
+    return rows
+
+
+def drop_after(path: Path, nimg: int) -> None:
+    """Keep the rows up to `nimg`, atomically."""
+    if path.exists():
+        partial = path.with_name(f".{path.name}")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if row["nimg"] <= nimg))
+        os.replace(partial, path)
+
+
+def summary(run: Path) -> list[str]:
+    """Lines for the end of a run: its metric at the first and last evaluation of the last resolution, and its newest
+    picture."""
+    rows = read_rows(run / "metrics.jsonl")
+    rows = [row for row in rows if row["resolution"] == rows[-1]["resolution"]]
+    lines = []
+    if rows:
+        first, last = rows[0], rows[-1]
+        name = next(key for key in last if f"{key}_floor" in last)
+        values = [
+            f"{'none' if row[name] is None else format(row[name], '.4f')} at {row['nimg'] / 1000:g} kimg"
+            for row in (first, last)
+        ]
+        lines.append(
+            f"{name} at {last['resolution']}²: {', '.join(values)}; reals against reals {last[f'{name}_floor']:.4f}"
+        )
+    pictures = sorted((run / "samples").glob("*.png"))
+    if pictures:
+        lines.append(f"pictures (generated left, real right): {pictures[-1]}")
+    return lines
+
+
+def clock(seconds: float) -> str:
+    """3 d 04:05, or 4:05:06."""
+    days, rest = divmod(int(seconds), 86400)
+    hours, minutes = divmod(rest // 60, 60)
+    return f"{days} d {hours:02d}:{minutes:02d}" if days else f"{hours}:{minutes:02d}:{rest % 60:02d}"
+
+
+def eta(schedule: Schedule, phase: Phase, nimg: int, seconds_per_image: dict[int, float]) -> float:
+    """Seconds to the end of the run: measured speed where a resolution was seen, four times the time per image for
+    each doubling after it."""
+    last = max(seconds_per_image, default=phase.resolution)
+    total = 0.0
+    for later in schedule.phases[phase.index :]:
+        cost = seconds_per_image.get(
+            later.resolution, seconds_per_image.get(last, 0.0) * (later.resolution / last) ** 2
+        )
+        total += cost * (later.nimg_to - max(nimg, later.nimg_from))
+    return total

@@ -1,0 +1,111 @@
+"""The run directory: what is in it, who may go on in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hrgan import checkpoint
+from hrgan.config import Config, differences, from_dict, read_yaml, to_yaml
+from hrgan.data.manifest import Manifest, verify_sizes
+from hrgan.errors import DataError, UserError
+from hrgan.schedule import Schedule
+
+
+def check_shards(config: Config, manifest: Manifest, schedule: Schedule) -> None:
+    """Whether the set fits the configuration and each tier that the run will read is whole. UserError or DataError,
+    one line."""
+    if manifest.channels != config.network.channels:
+        raise UserError(
+            f"network.channels: {config.network.channels}, but {config.data.path} holds images of {manifest.channels}; "
+            f"set --network.channels {manifest.channels} or build the set with --channels {config.network.channels}"
+        )
+    if manifest.resolution < config.network.resolution:
+        raise UserError(
+            f"network.resolution: {config.network.resolution}, but {config.data.path} was built up to "
+            f"{manifest.resolution}; "
+            f"set --network.resolution {manifest.resolution} or build with --resolution {config.network.resolution}"
+        )
+    if manifest.num_samples < 4:
+        raise DataError(f"{config.data.path}: {manifest.num_samples} images, expected at least 4")
+    for tier in sorted({manifest.tier_for(phase.resolution) for phase in schedule.phases}):
+        verify_sizes(Path(config.data.path), manifest, tier)
+
+
+def open_run(folder: Path, config: Config, manifest: Manifest, say: Callable[[str], None]) -> Path | None:
+    """Make a run directory, or check that this configuration may go on in it. The checkpoint to go on from, None at
+    the start."""
+    start = None
+    if folder.exists() and any(folder.iterdir()):
+        start = _reopen(folder, config, manifest, say)
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for marker in ("STOP", "FINISHED"):
+        (folder / marker).unlink(missing_ok=True)
+    _replace(folder / "config.yaml", to_yaml(config))
+    _replace(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+    return start
+
+
+def _reopen(folder: Path, config: Config, manifest: Manifest, say: Callable[[str], None]) -> Path | None:
+    try:
+        version = json.loads((folder / "environment.json").read_text())["run_format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder}: not a run of this hrgan (environment.json: {type(error).__name__}); choose another --run"
+        ) from error
+    if version != checkpoint.FORMAT:
+        raise UserError(
+            f"{folder}: written by run format {version}, this hrgan reads {checkpoint.FORMAT}; use the "
+            "hrgan that wrote it or another --run"
+        )
+    changed = differences(from_dict(read_yaml(folder / "config.yaml")), config)
+    if changed:
+        raise UserError(
+            "\n".join(
+                [
+                    f"{folder}: the run was started with another configuration; change it back or choose another --run",
+                    *(f"  {line}" for line in changed),
+                ]
+            )
+        )
+    start = checkpoint.newest(folder, say)
+    if start is not None:
+        real_set = json.loads((start / "state.json").read_text())["real_set"]
+        if real_set != manifest.real_set:
+            raise UserError(
+                f"data.path: {config.data.path} holds other images (set {manifest.real_set[:12]}) than "
+                f"{folder} was trained on ({real_set[:12]})"
+            )
+    return start
+
+
+def environment() -> dict[str, Any]:
+    """What this process runs on."""
+    packages = ("hrgan", "torch", "torchvision", "accelerate", "webdataset", "torch-fidelity", "numpy", "pillow")
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "run_format": checkpoint.FORMAT,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": gpus,
+        "packages": {name: metadata.version(name) for name in packages},
+    }
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text)
+    os.replace(partial, path)

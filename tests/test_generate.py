@@ -1,0 +1,89 @@
+"""Pictures from a trained generator, and checkpoints as people name them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hrgan import checkpoint
+from tests.conftest import TINY, Children, cli
+from tests.test_train import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, shards: Path, children: Children) -> Path:
+    folder = tmp_path_factory.mktemp("generate")
+    (folder / "tiny.yaml").write_text(TINY.format(shards=shards))
+    code, output = children.run(folder / "log", train, str(folder / "tiny.yaml"), str(folder / "run"))
+    assert code == 0, output
+    return folder / "run"
+
+
+def pictures(folder: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(folder.glob("0*.png"))]
+
+
+def test_a_picture_depends_on_seed_and_number_alone(run: Path, tmp_path: Path) -> None:
+    for name, count, seed in (("a", 21, 3), ("b", 21, 3), ("c", 5, 3), ("d", 21, 4)):
+        assert cli("generate", run, "--out", tmp_path / name, "--count", count, "--seed", seed) == 0
+    a, b, c, d = (pictures(tmp_path / name) for name in "abcd")
+    assert len(a) == len(set(a)) == 21
+    assert a == b
+    assert a[:5] == c
+    assert not set(a) & set(d)
+    image = Image.open(tmp_path / "a" / "000000.png")
+    assert (image.mode, image.size) == ("RGB", (16, 16))
+    assert np.asarray(image).std() > 5
+    assert (tmp_path / "a" / "grid.png").exists()
+
+
+def test_the_moving_average_is_the_default_and_the_raw_weights_differ(run: Path, tmp_path: Path) -> None:
+    assert cli("generate", run, "--out", tmp_path / "ema", "--count", 4) == 0
+    assert cli("generate", run, "--out", tmp_path / "raw", "--count", 4, "--weights", "raw") == 0
+    assert pictures(tmp_path / "ema") != pictures(tmp_path / "raw")
+
+
+def test_a_checkpoint_folder_can_be_named_also_in_a_fade(run: Path, tmp_path: Path) -> None:
+    folder = run / "checkpoints" / "128"
+    assert checkpoint.load(folder).state.fading
+    assert cli("generate", folder, "--out", tmp_path / "out", "--count", 2) == 0
+    assert len(pictures(tmp_path / "out")) == 2
+
+
+def test_eval_of_a_run_gives_the_number_that_training_logged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    assert cli("eval", run / "checkpoints" / "160") == 0
+    row = json.loads(capsys.readouterr().out)
+    logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["nimg"] == logged["nimg"] == 160
+    assert row["fd_random"] == pytest.approx(logged["fd_random"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("nothing", "neither a run directory nor a checkpoint"), ("altered", "altered (sha256")]
+)
+def test_a_target_that_cannot_be_used_is_named(
+    name: str, expected: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "nothing"
+    if name == "altered":
+        import shutil
+
+        target = tmp_path / "7"
+        shutil.copytree(run / "checkpoints" / "160", target)
+        (target / "ema.safetensors").write_bytes(b"x")
+    assert cli("generate", target, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert len(error.splitlines()) == 1
+
+
+def test_pruning_keeps_the_newest_the_best_and_one_for_each_interval(tmp_path: Path) -> None:
+    for nimg in range(1000, 10001, 1000):
+        (tmp_path / "checkpoints" / str(nimg)).mkdir(parents=True)
+    checkpoint.prune(tmp_path, keep=2, keep_every_kimg=4, best=6000)
+    assert [path.name for path in checkpoint.numbered(tmp_path)] == ["10000", "9000", "8000", "6000", "4000", "1000"]

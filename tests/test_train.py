@@ -1,0 +1,475 @@
+"""The training loop: stop anywhere, any world, no silence."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from hrgan import checkpoint
+from hrgan.config import Config, from_dict
+from tests.conftest import Children, cli
+
+STEPS = {"4² stable": 1, "at the first border": 2, "8² fade": 3, "8² stable": 5, "16² fade": 7, "16² stable": 9}
+
+
+def train(config: str, run: str, *words: str) -> int:
+    return cli("train", "--config", config, "--run", run, *words)
+
+
+def killed_before_step(step: int, config: str, run: str, *words: str) -> int:
+    """Train until SIGKILL just before the step of this number."""
+    import hrgan.train as loop
+
+    original, count = loop.d_step, iter(range(10**6))
+
+    def d_step(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        if next(count) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **keywords)
+
+    loop.d_step = d_step
+    return train(config, run, *words)
+
+
+def killed_in_a_save(writes: int, config: str, run: str) -> int:
+    """Train until SIGKILL in the middle of the file write of this number."""
+    original, count = checkpoint.write_durably, iter(range(10**6))
+
+    def write_durably(path: Path, content: bytes) -> str:
+        if next(count) == writes:
+            path.write_bytes(content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(path, content)
+
+    checkpoint.write_durably = write_durably
+    return train(config, run)
+
+
+def final_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint."""
+    folder = run / "checkpoints" / (run / "latest").read_text().strip()
+    assert checkpoint.fault(folder) is None
+    return {
+        f"{path.stem}/{name}": tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in safetensors.torch.load_file(path).items()
+    }
+
+
+def records(run: Path, name: str, leave_out: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / name).read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in leave_out} for row in rows]
+
+
+TIMES = ("img_per_sec", "data_wait", "sec_per_kimg", "gpu_mem_gb", "cpu_mem_gb", "seconds")
+
+
+def assert_same_bits(run: Path, reference: Path) -> None:
+    a, b = final_tensors(run), final_tensors(reference)
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} tensors differ, first {different[0]}"
+    for name in ("log.jsonl", "metrics.jsonl"):
+        assert records(run, name, TIMES) == records(reference, name, TIMES)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, shards: Path, children: Children) -> tuple[Path, Path]:
+    """(configuration, run directory) of ten uninterrupted steps."""
+    from tests.conftest import TINY
+
+    folder = tmp_path_factory.mktemp("reference")
+    (folder / "tiny.yaml").write_text(TINY.format(shards=shards))
+    code, output = children.run(folder / "log", train, str(folder / "tiny.yaml"), str(folder / "run"))
+    assert code == 0, output
+    return folder / "tiny.yaml", folder / "run"
+
+
+# Stop anywhere
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
+def test_a_run_killed_anywhere_resumes_bit_for_bit(
+    step: int, reference: tuple[Path, Path], tmp_path: Path, children: Children
+) -> None:
+    config, expected = reference
+    run = tmp_path / "run"
+    code, output = children.run(tmp_path / "log", killed_before_step, step, str(config), str(run))
+    assert code == -signal.SIGKILL, output
+    code, output = children.run(tmp_path / "log", train, str(config), str(run))
+    assert code == 0, output
+    assert_same_bits(run, expected)
+
+
+@pytest.mark.parametrize(
+    "writes", [0, 3, 6, 7, 17], ids=["first file", "Adam", "manifest", "latest", "third checkpoint"]
+)
+def test_a_run_killed_during_a_save_resumes_bit_for_bit(
+    writes: int, reference: tuple[Path, Path], tmp_path: Path, children: Children
+) -> None:
+    config, expected = reference
+    run = tmp_path / "run"
+    code, output = children.run(tmp_path / "log", killed_in_a_save, writes, str(config), str(run))
+    assert code == -signal.SIGKILL, output
+    code, output = children.run(tmp_path / "log", train, str(config), str(run))
+    assert code == 0, output
+    assert_same_bits(run, expected)
+    assert not list(run.glob("checkpoints/.writing-*"))
+
+
+def test_a_run_killed_again_and_again_with_lazy_r1_and_loader_processes(
+    tmp_path: Path, tiny: Path, children: Children
+) -> None:
+    words = (
+        "--loss.kind",
+        "logistic",
+        "--loss.r1_every",
+        "2",
+        "--data.workers",
+        "2",
+        "--data.mirror",
+        "true",
+        "--precision",
+        "bf16",
+    )
+    code, output = children.run(tmp_path / "log", train, str(tiny), str(tmp_path / "whole"), *words)
+    assert code == 0, output
+    for step in (3, 3, 2):
+        code, output = children.run(
+            tmp_path / "log", killed_before_step, step, str(tiny), str(tmp_path / "run"), *words
+        )
+        assert code == -signal.SIGKILL, output
+    code, output = children.run(tmp_path / "log", train, str(tiny), str(tmp_path / "run"), *words)
+    assert code == 0, output
+    assert_same_bits(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_stop_file_saves_and_exits_3_and_the_same_command_goes_on(
+    reference: tuple[Path, Path], tmp_path: Path, children: Children
+) -> None:
+    config, expected = reference
+    run = tmp_path / "run"
+    code, output = children.run(tmp_path / "log", stopped_by_file, str(config), str(run))
+    assert code == 3, output
+    assert "stopped at 0.048 kimg with everything saved" in output
+    assert (run / "STOP").exists()
+    assert (run / "latest").read_text() == "48\n"
+    code, output = children.run(tmp_path / "log", train, str(config), str(run))
+    assert code == 0, output
+    assert not (run / "STOP").exists()
+    assert (run / "FINISHED").exists()
+    for name, tensor in final_tensors(run).items():
+        assert torch.equal(tensor, final_tensors(expected)[name]), name
+
+
+def stopped_by_file(config: str, run: str) -> int:
+    import hrgan.train as loop
+
+    original, count = loop.d_step, iter(range(10**6))
+
+    def d_step(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        if next(count) == 2:
+            Path(run, "STOP").touch()
+        return original(*arguments, **keywords)
+
+    loop.d_step = d_step
+    return train(config, run)
+
+
+def test_sigterm_saves_and_exits_3(tmp_path: Path, tiny: Path, children: Children) -> None:
+    code, output = children.run(tmp_path / "log", stopped_by_signal, str(tiny), str(tmp_path / "run"))
+    assert code == 3, output
+    assert (tmp_path / "run" / "latest").read_text() == "48\n"
+
+
+def stopped_by_signal(config: str, run: str) -> int:
+    import hrgan.train as loop
+
+    original, count = loop.d_step, iter(range(10**6))
+
+    def d_step(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        if next(count) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **keywords)
+
+    loop.d_step = d_step
+    return train(config, run)
+
+
+# Any world
+
+
+def relative_error(run: Path, reference: Path, initial: dict[str, torch.Tensor]) -> float:
+    """Largest distance of a network's weights from the reference's, as a share of how far training moved them."""
+    a, b = final_tensors(run), final_tensors(reference)
+    worst = 0.0
+    for part in ("generator", "discriminator", "ema"):
+        names = [name for name in b if name.startswith(f"{part}/") and name in initial]
+        moved = sum((b[name] - initial[name]).square().sum() for name in names) ** 0.5
+        apart = sum((b[name] - a[name]).square().sum() for name in names) ** 0.5
+        worst = max(worst, float(apart / moved))
+    return worst
+
+
+def initial_tensors(config: Config) -> dict[str, torch.Tensor]:
+    from hrgan.networks import make_discriminator, make_generator
+
+    networks = {
+        "generator": make_generator(config, 16, False, False),
+        "discriminator": make_discriminator(config, 16, False, False),
+    }
+    networks["ema"] = networks["generator"]
+    return {
+        f"{part}/{name}": tensor for part, network in networks.items() for name, tensor in network.state_dict().items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["wgan-gp", "logistic"])
+def test_any_world_gives_the_same_losses_and_weights_over_growth_borders(
+    loss: str, tmp_path: Path, tiny: Path, children: Children
+) -> None:
+    # With Adam's usual epsilon a gradient that is zero but for rounding moves a weight by a whole learning rate
+    # in either
+    # direction; a larger one keeps rounding as small as it is.
+    words = ("--loss.kind", loss, "--loss.r1_every", "2", "--optim.eps", "1e-3", "--optim.lr", "0.01")
+    one = tmp_path / "one"
+    assert children.run(tmp_path / "log", train, str(tiny), str(one), *words)[0] == 0
+    initial = initial_tensors(from_dict(yaml.safe_load((one / "config.yaml").read_text())))
+    for name, world, more in (
+        ("two", 2, ()),
+        ("parts", 1, ("--schedule.micro_batch", "8")),
+        ("both", 2, ("--schedule.micro_batch", "4")),
+    ):
+        code, output = children.run(
+            tmp_path / f"{name}.log", train, str(tiny), str(tmp_path / name), *words, *more, world=world
+        )
+        assert code == 0, output
+        assert relative_error(tmp_path / name, one, initial) < 2e-4, name
+        for mine, theirs in zip(records(tmp_path / name, "log.jsonl"), records(one, "log.jsonl"), strict=True):
+            for key in ("loss_g", "loss_d", "logit_real", "logit_fake", "penalty"):
+                if theirs[key] is None:  # A tick without a lazy penalty.
+                    assert mine[key] is None
+                else:
+                    assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), (name, mine["nimg"], key)
+        (mine,), (theirs,) = records(tmp_path / name, "metrics.jsonl")[-1:], records(one, "metrics.jsonl")[-1:]
+        assert mine["fd_random"] == pytest.approx(theirs["fd_random"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_processes_loads_on_one(
+    reference: tuple[Path, Path], tmp_path: Path, children: Children
+) -> None:
+    config, expected = reference
+    run = tmp_path / "run"
+    assert (
+        children.run(tmp_path / "log", train, str(config), str(run), "--schedule.total_kimg", "0.08", world=2)[0] == 0
+    )
+    code, output = children.run(tmp_path / "log", train, str(config), str(run))
+    assert code == 0, output
+    assert [row["nimg"] for row in records(run, "log.jsonl")] == [row["nimg"] for row in records(expected, "log.jsonl")]
+
+
+# No silence
+
+
+def non_finite_from(step: int, config: str, run: str, rank: int, *words: str) -> int:
+    """Train with NaN in one process's reals from a step on."""
+    import hrgan.train as loop
+
+    original, count = loop.prepare_step, iter(range(10**6))
+
+    def prepare_step(engine: Any, *arguments: Any) -> Any:
+        micros = original(engine, *arguments)
+        if next(count) in range(step, step + 2) and engine.rank == rank:
+            micros = [replace(micro, real=micro.real * float("nan")) for micro in micros]
+        return micros
+
+    loop.prepare_step = prepare_step
+    return train(config, run, *words)
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_non_finite_steps_are_skipped_on_all_processes_and_counted(
+    world: int, tmp_path: Path, tiny: Path, children: Children
+) -> None:
+    run = tmp_path / "run"
+    code, output = children.run(tmp_path / "log", non_finite_from, 4, str(tiny), str(run), world - 1, world=world)
+    assert code == 0, output
+    assert records(run, "log.jsonl")[-1]["skipped_steps"] == 2
+    assert all(tensor.isfinite().all() for tensor in final_tensors(run).values())
+
+
+def test_too_many_non_finite_steps_in_a_row_exit_5_and_leave_latest(
+    tmp_path: Path, tiny: Path, children: Children
+) -> None:
+    run = tmp_path / "run"
+    words = ("--optim.max_skipped", "1")
+    code, output = children.run(tmp_path / "log", non_finite_from, 4, str(tiny), str(run), 0, *words)
+    assert code == 5, output
+    assert "2 steps in a row had non-finite losses" in output
+    assert "Traceback" not in output
+    assert (run / "latest").read_text() == "64\n"
+    assert checkpoint.fault(run / "checkpoints" / "64") is None
+
+
+def test_a_skipped_step_leaves_weights_and_moments_alone() -> None:
+    p = torch.nn.Parameter(torch.ones(5))
+    adam = torch.optim.Adam([p], 0.1, fused=True)
+    p.grad = torch.ones(5)
+    adam.step()
+    before = {key: value.clone() for key, value in adam.state[p].items()} | {"p": p.detach().clone()}
+    p.grad = torch.full((5,), float("nan"))
+    adam.found_inf = torch.tensor(1.0)
+    adam.step()
+    for key, value in (adam.state[p] | {"p": p.detach()}).items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_a_network_that_does_not_move_is_an_error(tmp_path: Path, tiny: Path, children: Children) -> None:
+    code, output = children.run(tmp_path / "log", frozen, str(tiny), str(tmp_path / "run"))
+    assert code == 1
+    assert "the discriminator did not move in the first step of a phase" in output
+
+
+def frozen(config: str, run: str) -> int:
+    from hrgan.engine import Engine
+
+    original = Engine._prepare
+
+    def _prepare(self: Engine, module: torch.nn.Module, *arguments: Any) -> Any:
+        net = original(self, module, *arguments)
+        if "logit.weight" in dict(module.named_parameters()):
+            net.optimizer.step = lambda: None
+        return net
+
+    Engine._prepare = _prepare
+    return train(config, run)
+
+
+# Bad input
+
+
+def test_a_finished_run_says_so(reference: tuple[Path, Path], tmp_path: Path, children: Children) -> None:
+    config, run = reference
+    code, output = children.run(tmp_path / "log", train, str(config), str(run))
+    assert code == 0
+    assert "is finished at 0.16 kimg" in output
+
+
+def test_a_finished_run_goes_on_when_it_is_made_longer(
+    reference: tuple[Path, Path], tmp_path: Path, children: Children
+) -> None:
+    config, run = reference
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    code, output = children.run(tmp_path / "log", train, str(config), str(copy), "--schedule.total_kimg", "0.19")
+    assert code == 0, output
+    assert (copy / "FINISHED").read_text() == "192\n"
+
+
+@pytest.mark.parametrize(
+    ("damage", "words", "code", "expected"),
+    [
+        (
+            "",
+            ("--optim.lr", "0.5"),
+            2,
+            "optim.lr: {4: 0.001, 128: 0.0015, 256: 0.002, 512: 0.003} in the run, 0.5 asked for",
+        ),
+        (
+            "",
+            ("--network.resolution", "64", "--network.widths", "[8,8,8,8,8]"),
+            2,
+            "set --network.resolution 32 or build with --resolution 64",
+        ),
+        ("", ("--network.channels", "1"), 2, "network.channels: 1, but"),
+        ("", ("--data.path", "/nowhere"), 4, "/nowhere"),
+        ("version", (), 2, "written by run format 0, this hrgan reads 1"),
+        ("foreign", (), 2, "not a run of this hrgan"),
+        ("every checkpoint", (), 2, "no checkpoint can be used (160: manifest.json is missing"),
+    ],
+)
+def test_a_run_that_cannot_go_on_says_why_in_one_line(
+    damage: str,
+    words: tuple[str, ...],
+    code: int,
+    expected: str,
+    reference: tuple[Path, Path],
+    tmp_path: Path,
+    children: Children,
+) -> None:
+    config, run = reference
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    if damage == "version":
+        (copy / "environment.json").write_text(json.dumps({"run_format": 0}))
+    if damage == "foreign":
+        (copy / "environment.json").unlink()
+    if damage == "every checkpoint":
+        for manifest in copy.glob("checkpoints/*/manifest.json"):
+            manifest.unlink()
+    found, output = children.run(tmp_path / "log", train, str(config), str(copy), *words)
+    assert found == code, output
+    assert expected in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("damage", ["missing", "altered"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    damage: str, reference: tuple[Path, Path], tmp_path: Path, children: Children
+) -> None:
+    config, expected = reference
+    run = tmp_path / "run"
+    shutil.copytree(expected, run)
+    file = run / "checkpoints" / "160" / "ema.safetensors"
+    if damage == "missing":
+        file.unlink()
+    else:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    code, output = children.run(tmp_path / "log", train, str(config), str(run))
+    assert code == 0, output
+    assert f"160 passed over: ema.safetensors is {damage}" in output
+    assert "going on at 0.128 kimg" in output
+    assert_same_bits(run, expected)
+
+
+def test_a_batch_that_does_not_divide_over_the_processes(tmp_path: Path, tiny: Path, children: Children) -> None:
+    code, output = children.run(
+        tmp_path / "log", train, str(tiny), str(tmp_path / "run"), "--schedule.batch", "12", world=2
+    )
+    assert code == 2, output
+    assert "schedule.batch: 12 is not a multiple of 2 processes x 4 images; nearest: 8 or 16" in output
+
+
+def test_a_full_disk_in_a_save_is_one_clear_line_and_earlier_checkpoints_stay(
+    tmp_path: Path, tiny: Path, children: Children
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    run = tmp_path / "run"
+    run.mkdir()
+    if os.system(f"mount -t tmpfs -o size=256k tmpfs {run}") != 0:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        code, output = children.run(tmp_path / "log", train, str(tiny), str(run))
+        assert code == 2, output
+        assert "No space left on device while saving" in output
+        assert "Traceback" not in output
+        latest = run / "checkpoints" / (run / "latest").read_text().strip()
+        assert checkpoint.fault(latest) is None
+        assert not list(run.glob("checkpoints/.writing-*"))
+    finally:
+        os.system(f"umount {run}")
