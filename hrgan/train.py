@@ -24,7 +24,7 @@ from hrgan.config import Config, at, refuse, world_problems
 from hrgan.data import manifest as shards
 from hrgan.data import stream
 from hrgan.data.manifest import Manifest
-from hrgan.engine import Engine, Net, State
+from hrgan.engine import Engine, State
 from hrgan.errors import DataError, Diverged, Stopped
 from hrgan.metrics.extractor import Extractor, make_extractor, settle_weights
 from hrgan.metrics.frechet import evaluate
@@ -128,7 +128,9 @@ def prepare_step(engine: Engine, config: Config, phase: Phase, nimg: int, images
 
     def noise(role: str, *shape: int) -> Tensor:
         sampler = torch.randn if role in ("z_d", "z_g") else torch.rand
-        return draw(sampler, (phase.batch, *shape), config.seed, role, nimg)[rows].to(engine.device, non_blocking=True)
+        values = draw(sampler, (phase.batch, *shape), config.seed, role, nimg)[rows]
+        # Only from pinned memory does a copy to the GPU not hold the host up.
+        return (values.pin_memory() if engine.device.type == "cuda" else values).to(engine.device, non_blocking=True)
 
     real = to_float(images.to(engine.device, non_blocking=True))
     if config.data.mirror:
@@ -224,16 +226,10 @@ def run_phases(run: Run, state: State | None) -> None:
     while nimg < schedule.nimg_total:
         phase = schedule.at(nimg)
         engine.enter(phase, state)
-        run.say(
-            f"phase {phase.index + 1}/{len(schedule.phases)}: {phase.resolution}² "
-            f"{'fading in' if phase.fading else 'stable'}, "
-            f"batch {phase.batch}, to {phase.nimg_to / 1000:g} kimg"
-        )
-        reals = open_reals(run, phase, nimg)
-        unmoved = {
-            name: copies(net)
-            for name, net in (("generator", engine.generator), ("discriminator", engine.discriminator))
-        }
+        part = "fading in" if phase.fading else "stable"
+        place = f"phase {phase.index + 1}/{len(schedule.phases)}"
+        run.say(f"{place}: {phase.resolution}² {part}, batch {phase.batch}, to {phase.nimg_to / 1000:g} kimg")
+        reals, unmoved = open_reals(run, phase, nimg), copies(engine)
         meter.restart()
         while nimg < phase.nimg_to:
             # One step
@@ -252,22 +248,9 @@ def run_phases(run: Run, state: State | None) -> None:
             # What is due
             nimg, before = nimg + phase.batch, nimg
             due = what_is_due(config, schedule, phase, before, nimg)
-            if not due.tick:
-                continue
-            end_tick(run, phase, nimg)
-            stop = engine.any(run.stop_asked or (engine.rank == 0 and (run.folder / "STOP").exists()))
-            if due.samples:
-                save_samples(run, phase, nimg)
-            if due.evaluate:
-                measure(run, phase, nimg)
-            if due.save or stop:
-                save(run)
-            if stop and not due.finish:
-                engine.on_main((run.folder / "STOP").touch)
-                raise Stopped(
-                    f"stopped at {nimg / 1000:g} kimg with everything saved in {run.folder}; the same command goes on"
-                )
-            meter.restart()
+            if due.tick:
+                between_steps(run, phase, nimg, due)
+                meter.restart()
         state = engine.state()
     engine.on_main(lambda: (run.folder / "FINISHED").write_text(f"{nimg}\n"))
     run.say(f"finished at {nimg / 1000:g} kimg in {run.folder}")
@@ -324,9 +307,10 @@ def open_reals(run: Run, phase: Phase, nimg: int) -> Iterator[stream.Batch]:
     )
 
 
-def copies(net: Net) -> list[Tensor]:
-    """The parameters as they are now."""
-    return [parameter.detach().clone() for parameter in net.module.parameters()]
+def copies(engine: Engine) -> dict[str, list[Tensor]]:
+    """The parameters of both networks as they are now."""
+    nets = {"generator": engine.generator, "discriminator": engine.discriminator}
+    return {name: [parameter.detach().clone() for parameter in net.module.parameters()] for name, net in nets.items()}
 
 
 def check_moved(
@@ -351,6 +335,23 @@ def check_moved(
 
 
 # Between steps
+
+
+def between_steps(run: Run, phase: Phase, nimg: int, due: Due) -> None:
+    """Tick, sample grid, evaluation and checkpoint, in this order. Raises Stopped, after saving, where a stop was
+    asked for."""
+    end_tick(run, phase, nimg)
+    stop = run.engine.any(run.stop_asked or (run.engine.rank == 0 and (run.folder / "STOP").exists()))
+    if due.samples:
+        save_samples(run, phase, nimg)
+    if due.evaluate:
+        measure(run, phase, nimg)
+    if due.save or stop:
+        save(run)
+    if stop and not due.finish:
+        run.engine.on_main((run.folder / "STOP").touch)
+        place = f"stopped at {nimg / 1000:g} kimg with everything saved in {run.folder}"
+        raise Stopped(f"{place}; the same command goes on")
 
 
 def end_tick(run: Run, phase: Phase, nimg: int) -> None:

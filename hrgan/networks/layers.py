@@ -88,8 +88,8 @@ def widened(weight: Tensor) -> Tensor:
 
 def pixel_norm(x: Tensor) -> Tensor:
     """x: (N, C, ...) of any float type: each pixel's feature vector to length sqrt(C), the statistic in float32."""
-    scale = x.square().mean(dim=1, keepdim=True, dtype=torch.float32).add(1e-8).rsqrt()
-    return x * scale.to(x.dtype)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+    return x * (length.square() / x.shape[1] + 1e-8).rsqrt().to(x.dtype)
 
 
 def lrelu(x: Tensor) -> Tensor:

@@ -1,0 +1,82 @@
+"""The ways a person starts it: the scripts, `python -m hrgan`, and accelerate launch with two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_scripts_refuse_a_missing_folder_from_any_directory(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [ROOT / "launch" / "demo", "nowhere"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "nowhere is not a folder" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_readme_s_line_for_two_processes_on_a_cpu(tiny: Path, tmp_path: Path) -> None:
+    line = "accelerate launch --multi_gpu --num_processes 2 --main_process_port 0 -m hrgan train"
+    assert line.replace("--main_process_port 0 ", "") in " ".join((ROOT / "README.md").read_text().split())
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        [*line.split(), "--config", str(tiny), "--run", str(tmp_path / "run")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 x cpu" in done.stdout
+    assert done.stdout.count("finished at 0.16 kimg") == 1
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 10
+    assert (tmp_path / "run" / "FINISHED").exists()
+
+
+def test_python_m_hrgan_is_hrgan() -> None:
+    words = [sys.executable, "-m", "hrgan", "schedule", "--config", "configs/demo.yaml", "--json"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(done.stdout)[0]["resolution"] == 4
+
+
+def test_building_shards_does_not_import_torch() -> None:
+    code = (
+        "import sys, hrgan.cli, hrgan.data.build, hrgan.data.images, hrgan.data.drawn; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
+def test_imports_point_down_only() -> None:
+    """No module imports one of a floor above it (from errors up to the command line)."""
+    import ast
+
+    floors = [
+        {"errors"},
+        {"config"},
+        {"schedule", "losses", "networks", "noise", "pictures"},
+        {"engine", "data", "monitor", "metrics"},
+        {"checkpoint"},
+        {"rundir"},
+        {"train"},
+        {"apps"},
+        {"cli"},
+        {"__main__"},
+    ]
+    floor = {name: number for number, names in enumerate(floors) for name in names}
+    for path in (ROOT / "hrgan").rglob("*.py"):
+        own = path.relative_to(ROOT / "hrgan").parts[0].removesuffix(".py")
+        if own == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hrgan"):
+                parts = (node.module or "").split(".")
+                for name in [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]:
+                    assert floor[name] <= floor[own], f"{path}: imports {name}"

@@ -1,0 +1,120 @@
+"""One training step: nothing is read back to the host, and accumulation is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hrgan.config import Config, LossConfig, NetworkConfig, OptimConfig, ScheduleConfig
+from hrgan.engine import Engine, d_correction
+from hrgan.monitor.meter import Meter
+from hrgan.schedule import make_schedule
+from hrgan.train import d_step, g_step, micro_size, penalty_weight, prepare_step
+
+SMALL = Config(
+    network=NetworkConfig(resolution=8, latent=8, widths=[8, 8]),
+    schedule=ScheduleConfig(total_kimg=1, stable_kimg=0.1, fade_kimg=0.1, batch=16, micro_batch=8),
+)
+
+
+def stepper(config: Config) -> Callable[[int], Engine]:
+    """Steps of the fade into 8², as the loop makes them; call with nimg."""
+    engine = Engine(config)
+    phase = make_schedule(config).phases[1]
+    assert phase.fading
+    engine.enter(phase, None)
+    meter = Meter(engine.device)
+    images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+    if engine.device.type == "cuda":
+        images = images.pin_memory()
+
+    def step(nimg: int) -> Engine:
+        weight = penalty_weight(config, phase.step(nimg))
+        micros = prepare_step(engine, config, phase, nimg, images)
+        d_values = d_step(engine, config, phase, micros, phase.alpha(nimg), weight)
+        meter.add(phase.batch, d_values, g_step(engine, config, micros, phase.alpha(nimg)), with_penalty=weight > 0)
+        engine.update_ema()
+        return engine
+
+    return step
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what makes the host wait for the device: reading a value (.item(), bool()) or a size that needs one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        # local_rows works on a CPU tensor of row numbers by design; it is made before the step's device work.
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "unique_dim") and args[0].is_floating_point():
+            self.reads.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["wgan-gp", "logistic"])
+def test_a_step_reads_nothing_back_to_the_host(kind: Any) -> None:
+    step = stepper(replace(SMALL, loss=LossConfig(kind=kind, r1_every=2)))
+    step(112)
+    with CountReads() as counter:
+        step(128)
+        step(144)
+    assert counter.reads == []
+    with CountReads() as counter:
+        torch.ones(1).item()
+    assert counter.reads == ["_local_scalar_dense"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA's own count of synchronisations needs a CUDA GPU")
+@pytest.mark.parametrize("kind", ["wgan-gp", "logistic"])
+def test_cuda_counts_no_synchronisation_in_a_step(kind: Any) -> None:
+    step = stepper(replace(SMALL, loss=LossConfig(kind=kind, r1_every=2)))
+    step(112)
+    step(128)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(144)
+        step(160)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_lazy_regularisation_corrects_d_s_adam() -> None:
+    config = replace(
+        SMALL, loss=LossConfig(kind="logistic", r1_every=16), optim=OptimConfig(lr=0.01, beta1=0.5, beta2=0.99)
+    )
+    assert d_correction(config) == 16 / 17
+    engine = stepper(config)(112)
+    group = engine.discriminator.optimizer.optimizer.param_groups[0]
+    assert group["lr"] == 0.01 * 16 / 17
+    assert group["betas"] == (0.5 ** (16 / 17), 0.99 ** (16 / 17))
+    assert engine.generator.optimizer.optimizer.param_groups[0]["lr"] == 0.01
+    assert [penalty_weight(config, n) for n in (0, 1, 15, 16)] == [16, 0, 0, 16]
+
+
+def test_the_moving_average_has_the_half_life_it_names() -> None:
+    engine = stepper(replace(SMALL, optim=OptimConfig(ema_kimg=0.032)))(112)
+    with torch.no_grad():
+        for average, weight in zip(engine.ema.parameters(), engine.generator.module.parameters(), strict=True):
+            average.fill_(0)
+            weight.fill_(1)
+    engine.update_ema()
+    engine.update_ema()  # 2 x 16 images: one half-life
+    for average in engine.ema.parameters():
+        torch.testing.assert_close(average, torch.full_like(average, 0.5))
+
+
+def test_micro_batches_are_the_largest_that_divide() -> None:
+    config = replace(SMALL, schedule=ScheduleConfig(micro_batch={4: 32, 64: 12}))
+    assert micro_size(config, 4, 64) == 32
+    assert micro_size(config, 64, 64) == 8
+    assert micro_size(config, 64, 24) == 12
+    assert micro_size(replace(SMALL, schedule=ScheduleConfig(micro_batch=None)), 64, 40) == 40
