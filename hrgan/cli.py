@@ -99,10 +99,10 @@ def bench_data(args: Namespace) -> None:
 
 
 def bench_step(args: Namespace) -> None:
+    from hrgan.apps.bench_step import bench_peer, print_table
     from hrgan.apps.bench_step import bench_step as bench
-    from hrgan.apps.bench_step import print_table
 
-    rows = bench(args.configuration, args.seconds)
+    rows = bench_peer(args.configuration.data, args.seconds) if args.peer else bench(args.configuration, args.seconds)
     print(json.dumps(rows, indent=1)) if args.json else print_table(rows)
 
 
@@ -189,6 +189,9 @@ def bench_data_arguments(parser: Parser) -> None:
 
 def bench_step_arguments(parser: Parser) -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="time for each figure")
+    parser.add_argument(
+        "--peer", action="store_true", help="the networks, batches and loss of a measured peer, with the ratio"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
     config_arguments(parser)
 
@@ -240,7 +243,7 @@ def split_config(words: list[str]) -> tuple[list[str], str | None, list[tuple[st
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
-        if not name.startswith("--") or name in ("--json", "--print_config"):
+        if not name.startswith("--") or name in ("--json", "--peer", "--print_config"):
             own.append(word)
             continue
         if not equals:

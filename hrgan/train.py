@@ -229,7 +229,7 @@ def run_phases(run: Run, state: State | None) -> None:
         part = "fading in" if phase.fading else "stable"
         place = f"phase {phase.index + 1}/{len(schedule.phases)}"
         run.say(f"{place}: {phase.resolution}² {part}, batch {phase.batch}, to {phase.nimg_to / 1000:g} kimg")
-        reals, unmoved = open_reals(run, phase, nimg), copies(engine)
+        reals, unmoved = open_reals(config, engine, run.manifest, phase, nimg), copies(engine)
         meter.restart()
         while nimg < phase.nimg_to:
             # One step
@@ -287,23 +287,23 @@ def crossed(before: int, after: int, kimg: float) -> bool:
     return unit > 0 and after // unit > before // unit
 
 
-def open_reals(run: Run, phase: Phase, nimg: int) -> Iterator[stream.Batch]:
+def open_reals(config: Config, engine: Engine, manifest: Manifest, phase: Phase, nimg: int) -> Iterator[stream.Batch]:
     """This process's share of the endless batches from `nimg` on."""
-    data = run.config.data
+    data = config.data
     return stream.batches(
         Path(data.path),
-        run.manifest,
+        manifest,
         phase.resolution,
-        seed=run.config.seed,
+        seed=config.seed,
         slots=data.slots,
         window=data.window,
         nimg=nimg,
         batch=phase.batch,
-        rank=run.engine.rank,
-        world=run.engine.world,
+        rank=engine.rank,
+        world=engine.world,
         workers=data.workers,
         prefetch=data.prefetch,
-        pin_memory=run.engine.device.type == "cuda",
+        pin_memory=engine.device.type == "cuda",
     )
 
 

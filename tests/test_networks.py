@@ -57,6 +57,14 @@ def test_pixel_norm_gives_each_pixel_unit_mean_square() -> None:
     torch.testing.assert_close(x.square().mean(1), torch.ones(2, 4, 4))
 
 
+def test_pixel_norm_s_gradient_is_right() -> None:
+    x = torch.randn(2, 5, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(L.pixel_norm, (x,))
+    (mine,) = torch.autograd.grad((L.pixel_norm(x) ** 3).sum(), x)
+    (theirs,) = torch.autograd.grad(((x / (x.square().mean(1, keepdim=True) + 1e-8).sqrt()) ** 3).sum(), x)
+    torch.testing.assert_close(mine, theirs)
+
+
 def test_minibatch_stddev_is_the_mean_deviation_over_each_chunk_of_four() -> None:
     x = torch.randn(8, 3, 4, 4)
     out = L.minibatch_stddev(x)

@@ -11,13 +11,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from hrgan.config import CHUNK
 from hrgan.data import manifest as manifests
 from hrgan.data.images import ENDINGS, make_tiers, read_image
 from hrgan.data.manifest import Manifest, RawSample, open_shard
 from hrgan.data.stream import Batch, batches
 from hrgan.errors import DataError
 
-BATCH = 32
+SLOTS = 16
+BATCH = SLOTS * CHUNK
+"""One chunk of each slot, so that the untimed first batch fills every slot's first window: the rate is that of a run
+under way."""
 ORIGINALS = 64
 """Original files timed: enough for a mean, few enough to stay in the page cache."""
 TARGETS = {"loader/originals": (32, 10.0), "loader/decode": (256, 0.9)}
@@ -92,7 +96,7 @@ def _decode_bare(data: bytes) -> int:
 
 def _loader(root: Path, manifest: Manifest, tier: int, workers: int) -> Iterator[Batch]:
     return batches(
-        root, manifest, tier, seed=0, slots=16, window=256, nimg=0, batch=BATCH, rank=0, world=1, workers=workers
+        root, manifest, tier, seed=0, slots=SLOTS, window=256, nimg=0, batch=BATCH, rank=0, world=1, workers=workers
     )
 
 

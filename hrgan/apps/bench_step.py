@@ -8,8 +8,10 @@ only when the device is done. Networks are those of the configuration at each re
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count, repeat
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,49 +19,70 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hrgan.config import Config, resolutions
+from hrgan.config import Config, DataConfig, LossConfig, NetworkConfig, ScheduleConfig, resolutions
+from hrgan.data import manifest as shards
 from hrgan.engine import Engine
 from hrgan.schedule import Phase, make_schedule
-from hrgan.train import d_step, g_step, penalise, penalty_weight, prepare_step
+from hrgan.train import d_step, g_step, open_reals, penalise, penalty_weight, prepare_step
 
 Row = dict[str, Any]
+
+PEER = {16: (64, [64, 64, 64], 120.0), 32: (32, [64, 64, 64, 32], 51.0), 64: (16, [64, 64, 64, 64, 32], 14.0)}
+"""resolution: (batch, widths from 4x4 up, images/s) of pytorch_GAN_zoo's ProGAN with WGAN-GP and drift, latent 128,
+float32, 2 threads, as measured on 2 CPU cores like those of the README's figures: on another machine the ratio means
+nothing."""
 
 
 def bench_step(config: Config, seconds: float) -> list[Row]:
     """A row for each resolution and precision: img_per_sec of the whole step, and the shares of D, G, penalty, EMA
-    and data in it."""
+    and data in it. Batches come from the loader where data.path holds a set, else from memory."""
     rows = []
     for size in resolutions(config):
         for precision in ("float32", "bf16"):
             engine = Engine(replace(config, precision=precision))
-            phase = next(
-                phase for phase in make_schedule(config).phases if phase.resolution == size and not phase.fading
-            )
+            phases = make_schedule(config).phases
+            phase = next(phase for phase in phases if phase.resolution == size and not phase.fading)
             engine.enter(phase, None)
-            rows.append(
-                {
-                    "resolution": size,
-                    "precision": precision,
-                    "batch": phase.batch,
-                    **_measure(engine, config, phase, seconds),
-                }
-            )
+            row = {"resolution": size, "precision": precision, "batch": phase.batch}
+            rows.append({**row, **_measure(engine, config, phase, seconds)})
     return rows
 
 
-def _measure(engine: Engine, config: Config, phase: Phase, seconds: float) -> Row:
-    local = phase.batch // engine.world
-    shape = (local, config.network.channels, phase.resolution, phase.resolution)
+def bench_peer(data: DataConfig, seconds: float) -> list[Row]:
+    """The same rows for the networks, batches and loss that PEER was measured with, with the ratio of the speeds."""
+    rows = []
+    for size, (batch, widths, peer) in PEER.items():
+        network = NetworkConfig(resolution=size, latent=128, widths=widths, grow=False)
+        config = Config(
+            data=data, network=network, loss=LossConfig(kind="wgan-gp"), schedule=ScheduleConfig(batch=batch)
+        )
+        rows += [{**row, "ratio": row["img_per_sec"] / peer} for row in bench_step(config, seconds)]
+    return rows
+
+
+def _reals(engine: Engine, config: Config, phase: Phase) -> tuple[Iterator[Tensor], str]:
+    """Endless local batches of uint8 images, and where they come from."""
+    root = Path(config.data.path)
+    if config.data.path and (root / "manifest.json").exists():
+        manifest = shards.load(root)
+        batches = open_reals(config, engine, manifest, phase, 0)
+        return (batch.images for batch in batches), "loader"
+    shape = (phase.batch // engine.world, config.network.channels, phase.resolution, phase.resolution)
     images = torch.randint(0, 256, shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    micros = prepare_step(engine, config, phase, 0, images)
-    state = {"step": 0}
+    return repeat(images), "memory"
+
+
+def _measure(engine: Engine, config: Config, phase: Phase, seconds: float) -> Row:
+    reals, source = _reals(engine, config, phase)
+    micros = prepare_step(engine, config, phase, 0, next(reals))
+    numbers = count()
 
     def whole() -> None:
-        inputs = prepare_step(engine, config, phase, phase.batch * state["step"], images)
-        d_step(engine, config, phase, inputs, 1.0, penalty_weight(config, state["step"]))
+        step = next(numbers)
+        inputs = prepare_step(engine, config, phase, phase.batch * step, next(reals))
+        d_step(engine, config, phase, inputs, 1.0, penalty_weight(config, step))
         g_step(engine, config, inputs, 1.0)
         engine.update_ema()
-        state["step"] += 1
 
     def penalty_alone() -> None:
         for micro in micros:
@@ -74,13 +97,14 @@ def _measure(engine: Engine, config: Config, phase: Phase, seconds: float) -> Ro
         "penalty": _seconds_of(penalty_alone, engine, seconds / 4)
         / (1 if config.loss.kind == "wgan-gp" else config.loss.r1_every),
         "ema": _seconds_of(engine.update_ema, engine, seconds / 16),
-        "data": _seconds_of(lambda: prepare_step(engine, config, phase, 0, images), engine, seconds / 16),
+        "data": _seconds_of(lambda: prepare_step(engine, config, phase, 0, next(reals)), engine, seconds / 16),
     }
     total = sum(each.values())
     return {
         "img_per_sec": phase.batch / step,
         "step_ms": step * 1000,
         "share": {name: value / total for name, value in each.items()},
+        "reals": source,
     }
 
 
@@ -109,16 +133,24 @@ def print_table(rows: list[Row]) -> None:
         if not torch.cuda.is_available()
         else torch.cuda.get_device_name()
     )
-    for column in ("size", "precision", "batch", "img/s", "step ms", "D", "G", "penalty", "EMA", "data"):
+    for column in (
+        "size",
+        "precision",
+        "batch",
+        "img/s",
+        "step ms",
+        "D",
+        "G",
+        "penalty",
+        "EMA",
+        "data",
+        "reals",
+        "x peer",
+    ):
         table.add_column(column, justify="right")
     for row in rows:
         shares = [f"{row['share'][name]:.0%}" for name in ("d", "g", "penalty", "ema", "data")]
-        table.add_row(
-            f"{row['resolution']}²",
-            row["precision"],
-            str(row["batch"]),
-            f"{row['img_per_sec']:.1f}",
-            f"{row['step_ms']:.1f}",
-            *shares,
-        )
+        speed = [str(row["batch"]), f"{row['img_per_sec']:.1f}", f"{row['step_ms']:.1f}"]
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
+        table.add_row(f"{row['resolution']}²", row["precision"], *speed, *shares, row["reals"], ratio)
     Console(width=110).print(table)
