@@ -8,7 +8,6 @@ before it whole.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -24,7 +23,7 @@ import torch
 
 from hrgan.config import Config, from_dict
 from hrgan.engine import PARTS, State
-from hrgan.errors import UserError
+from hrgan.errors import REFUSALS, UserError
 
 FORMAT = 1
 """Version of the checkpoint and of the run directory."""
@@ -120,7 +119,7 @@ def clear_on_full_disk(partial: Path) -> Iterator[None]:
         yield
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in REFUSALS:
             raise
         run = partial.parent.parent
         free = shutil.disk_usage(run).free / 2**20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import errno
 import json
 import os
 import sys
@@ -15,10 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from hrgan.config import Config, leaves, problems, read_yaml, refuse, to_yaml, topics, unknown_key, wrong_type
-from hrgan.errors import DataError, HrganError, Stopped, UserError
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-
+from hrgan.errors import DataError, HrganError, Stopped, UserError, refused_by_system
 
 # Commands
 
@@ -336,13 +332,9 @@ def main(argv: list[str] | None = None) -> int:
         print(error if isinstance(error, Stopped) else f"hrgan: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        print(
-            f"hrgan: {error.filename or os.getcwd()}: {error.strerror}; free some space or choose another folder",
-            file=sys.stderr,
-        )
-        return UserError.exit_code
+        refusal = refused_by_system(error)
+        print(f"hrgan: {refusal}", file=sys.stderr)
+        return refusal.exit_code
     except KeyboardInterrupt:
         print("hrgan: interrupted", file=sys.stderr)
         return 130

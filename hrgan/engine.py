@@ -22,7 +22,7 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 
 from hrgan.config import Config
-from hrgan.errors import HrganError, UserError
+from hrgan.errors import HrganError, UserError, refused_by_system
 from hrgan.networks import make_discriminator, make_generator
 from hrgan.schedule import Phase
 
@@ -189,6 +189,8 @@ class Engine:
                 outcome[0] = act()
             except HrganError as error:
                 outcome[1] = error
+            except OSError as error:
+                outcome[1] = refused_by_system(error)
         if self.world > 1:
             broadcast_object_list(outcome)
         if outcome[1] is not None:

@@ -1,6 +1,11 @@
 """What a run can end with, and the exit code of each. Every message is one line for a person: what was found, what was
 expected, what to do."""
 
+import errno
+
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
+"""Errors of the system that a user mends by making room, or by naming another place: no fault of the program."""
+
 
 class HrganError(Exception):
     """An end with a known cause: printed as one line without a traceback."""
@@ -12,6 +17,13 @@ class UserError(HrganError):
     """The command, the configuration or the machine it was given is wrong; nothing was lost."""
 
     exit_code = 2
+
+
+def refused_by_system(error: OSError) -> UserError:
+    """A UserError for one of REFUSALS, naming the file; any other error is raised again as it is."""
+    if error.errno not in REFUSALS:
+        raise error
+    return UserError(f"{error.filename or 'a file'}: {error.strerror}; make room there or name another place")
 
 
 class Stopped(HrganError):

@@ -45,6 +45,8 @@ def open_run(folder: Path, config: Config, manifest: Manifest, say: Callable[[st
     """Make a run directory, or check that this configuration may go on in it. The checkpoint to go on from, None at
     the start."""
     start = None
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--run: {folder} is a file, expected a folder")
     if folder.exists() and any(folder.iterdir()):
         start = _reopen(folder, config, manifest, say)
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)

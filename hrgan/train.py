@@ -25,7 +25,7 @@ from hrgan.data import manifest as shards
 from hrgan.data import stream
 from hrgan.data.manifest import Manifest
 from hrgan.engine import Engine, State
-from hrgan.errors import DataError, Diverged, Stopped
+from hrgan.errors import DataError, Diverged, Stopped, UserError
 from hrgan.metrics.extractor import Extractor, make_extractor, settle_weights
 from hrgan.metrics.frechet import evaluate
 from hrgan.monitor.log import RunLog, eta, summary
@@ -188,6 +188,8 @@ def train(config: Config, folder: Path) -> None:
     engine = Engine(config)
     try:
         refuse(world_problems(config, engine.world), "config")
+        if not config.data.path:
+            raise UserError("data.path: empty; name the folder that `hrgan data build` wrote: --data.path FOLDER")
         manifest = shards.load(Path(config.data.path))
         check_shards(config, manifest, schedule)
         say = print if engine.rank == 0 else _silent
@@ -423,17 +425,13 @@ def save_samples(run: Run, phase: Phase, nimg: int) -> None:
         fakes = torch.cat(
             [to_uint8(run.engine.ema(part, None, phase.alpha(nimg))).cpu() for part in torch.split(z, 16)]
         )
-    count = min(side * side, run.manifest.num_samples)
-    reals = torch.cat(
-        [
-            batch.images
-            for batch in stream.read_range(Path(run.config.data.path), run.manifest, phase.resolution, 0, count)
-        ]
-    )
-    blank = reals.new_full((side * side - count, *reals.shape[1:]), 255)
+    wanted = min(side * side, run.manifest.num_samples)
+    stored = stream.read_range(Path(run.config.data.path), run.manifest, phase.resolution, 0, wanted)
+    reals = torch.cat([batch.images for batch in stored])
+    reals = reals[torch.arange(side * side) % len(reals)]  # A set smaller than the grid shows its pictures again.
     folder = run.folder / "samples"
     folder.mkdir(exist_ok=True)
-    picture = side_by_side(tile(fakes, side), tile(torch.cat([reals, blank]), side))
+    picture = side_by_side(tile(fakes, side), tile(reals, side))
     save_png(picture, folder / f"{nimg / 1000:08.1f}kimg-{phase.resolution}px.png")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import urllib.error
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from hrgan.config import Config, DataConfig, EvalConfig, NetworkConfig
 from hrgan.data import manifest as manifests
 from hrgan.data.stream import read_range
-from hrgan.errors import UserError
+from hrgan.errors import DataError, UserError
 from hrgan.metrics import extractor as extractors
 from hrgan.metrics.extractor import make_extractor, settle_weights
 from hrgan.metrics.frechet import Moments, evaluate, frechet, real_moments
@@ -206,6 +207,26 @@ def test_real_statistics_are_cached_and_rebuilt_when_anything_differs(
     for half in ("even", "odd"):
         assert all(map(torch.equal, vars(getattr(cached, half)).values(), vars(getattr(fresh, half)).values()))
     assert (cached.even.count, cached.odd.count) == (48, 48)
+
+
+def test_a_real_sample_that_cannot_be_read_is_left_out_counted_and_not_cached(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    tar = sorted((copy / "16").glob("*.tar"))[0]
+    content = bytearray(tar.read_bytes())
+    content[600] ^= 1  # In the first picture: the first header takes 512 bytes.
+    tar.write_bytes(content)
+    config, manifest = small(copy, extractor="random"), manifests.load(copy)
+    generator, extractor = make_generator(config, 16, False, False), make_extractor(None, CPU)
+    row = evaluate(config, manifest, generator, 1.0, extractor, 0, 1, [tmp_path / "cache"])
+    assert row["num_real"] == 95
+    assert "sample 000000000: crc32 is" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+    strict = replace(config, data=replace(config.data, max_bad=0.0))
+    with pytest.raises(DataError, match=r"1 of 96 real samples at 16² cannot be read, more than data.max_bad 0"):
+        evaluate(strict, manifest, generator, 1.0, extractor, 0, 1, [])
 
 
 # Weights, settled at launch

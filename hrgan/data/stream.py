@@ -29,7 +29,7 @@ class Batch:
     """Samples of one rank.
 
     images: (n, C, R, R) uint8, channels_last in memory. labels: (n,) int64, 0 when unlabelled.
-    samples: (n,) int64, each sample's number in stored order. bad: one line for each replaced sample.
+    samples: (n,) int64, each sample's number in stored order. bad: one line for each sample replaced or left out.
     """
 
     images: torch.Tensor
@@ -114,11 +114,15 @@ class _Part:
         if shown.bad:
             self._bad.append(shown.bad)
 
+    def leave_out(self, line: str) -> None:
+        self._bad.append(line)
+
     def item(self) -> _Item:
-        pixels = self._pixels
+        pixels = self._pixels[: self._filled]
         if pixels.shape[1] != self._resolution:
             pixels = box_mean(pixels, self._resolution)
-        return _Item(torch.from_numpy(pixels), self._labels, self._samples, tuple(self._bad))
+        labels, samples = self._labels[: self._filled], self._samples[: self._filled]
+        return _Item(torch.from_numpy(pixels), labels, samples, tuple(self._bad))
 
 
 class _Shown(NamedTuple):
@@ -267,8 +271,8 @@ class _Range(IterableDataset[_Item | DataError]):
                 try:
                     pixels, label = self._tier.decode(sample)
                 except BadSample as error:
-                    path = self._tier.path(segment.shard)
-                    raise DataError(f"{path}: sample {sample.key}: {error}; copy the set again or rebuild it") from None
+                    part.leave_out(f"{self._tier.path(segment.shard)}: sample {sample.key}: {error}; left out")
+                    continue
                 part.add(_Shown(pixels, label, int(sample.key)))
         return part.item()
 
@@ -390,8 +394,8 @@ def _interleaved(items: Iterator[_Item], chunks: int, workers: int, pin_memory: 
 def read_range(
     root: Path, manifest: Manifest, resolution: int, start: int, stop: int, *, batch: int = 64, workers: int = 0
 ) -> Iterator[Batch]:
-    """Samples [start, stop) in stored order, in batches of up to `batch`. DataError on the first bad sample: nothing is
-    replaced.
+    """Samples [start, stop) in stored order, in batches of up to `batch`. A bad sample is left out, with a line in the
+    batch's `bad`; DataError for a shard that is not as the manifest says.
     """
     if not 0 <= start <= stop <= manifest.num_samples or batch < 1:
         raise UserError(f"samples {start} to {stop} by {batch}, expected a range within 0 to {manifest.num_samples}")
@@ -401,4 +405,5 @@ def read_range(
 
 def _ordered(items: Iterator[_Item]) -> Iterator[Batch]:
     for item in items:
-        yield Batch(item.images.permute(0, 3, 1, 2), torch.from_numpy(item.labels), torch.from_numpy(item.samples))
+        labels, samples = torch.from_numpy(item.labels), torch.from_numpy(item.samples)
+        yield Batch(item.images.permute(0, 3, 1, 2), labels, samples, item.bad)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from hrgan.config import Config
 from hrgan.data.manifest import Manifest
 from hrgan.data.stream import read_range
+from hrgan.errors import DataError
 from hrgan.metrics.extractor import Extractor
 from hrgan.noise import latents
 from hrgan.pictures import to_uint8
@@ -122,18 +124,27 @@ def real_moments(
     even, odd = (Moments.zero(extractor.size, device) for _ in range(2))
     start, stop = count * rank // world, count * (rank + 1) // world
     root = Path(config.data.path)
+    bad = torch.zeros((), dtype=torch.float64, device=device)
     for batch in read_range(
         root, manifest, resolution, start, stop, batch=config.eval.batch, workers=config.data.workers
     ):
-        features = extractor.features(batch.images.to(device))
-        first_odd = (start + 1) % 2
-        even.add(features[first_odd::2])
-        odd.add(features[1 - first_odd :: 2])
-        start += len(features)
+        features, is_odd = extractor.features(batch.images.to(device)), (batch.samples % 2 == 1).to(device)
+        even.add(features[~is_odd])
+        odd.add(features[is_odd])
+        bad += len(batch.bad)
+        for line in batch.bad:
+            print(f"real statistics: {line}", file=sys.stderr)
     even.reduce()
     odd.reduce()
+    if dist.is_initialized():
+        dist.all_reduce(bad)
+    if bad > config.data.max_bad * max(count, 1000):
+        raise DataError(
+            f"{config.data.path}: {int(bad)} of {count} real samples at {resolution}² cannot be read, more than "
+            f"data.max_bad {config.data.max_bad}; run: hrgan data check {config.data.path}"
+        )
     result = RealSet(even, odd, identity)
-    if rank == 0:
+    if rank == 0 and not bad:  # What lacks a sample must not pass for the whole set once that is mended.
         _store(folders, result)
     return result
 
@@ -244,7 +255,7 @@ def evaluate(
         "extractor_sha256": extractor.sha256,
         "resize": extractor.resize,
         "num_fake": config.eval.num_fake,
-        "num_real": count_real(config, manifest),
+        "num_real": int(reals.all.count),
         "real_set": manifest.real_set,
         "seconds": round(time.perf_counter() - began, 3),
     }
