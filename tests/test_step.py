@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hrgan.config import Config, LossConfig, NetworkConfig, OptimConfig, ScheduleConfig
+from hrgan.config import Config, DataConfig, LossConfig, NetworkConfig, OptimConfig, ScheduleConfig
 from hrgan.engine import Engine, d_correction
 from hrgan.monitor.meter import Meter
+from hrgan.networks.layers import downsample, upsample
+from hrgan.noise import local_rows
+from hrgan.pictures import to_float
 from hrgan.schedule import make_schedule
 from hrgan.train import d_step, g_step, micro_size, penalty_weight, prepare_step
 
@@ -118,3 +121,66 @@ def test_micro_batches_are_the_largest_that_divide() -> None:
     assert micro_size(config, 64, 64) == 8
     assert micro_size(config, 64, 24) == 12
     assert micro_size(replace(SMALL, schedule=ScheduleConfig(micro_batch=None)), 64, 40) == 40
+
+
+def test_reals_fade_in_as_the_fakes_do_and_flip_where_asked() -> None:
+    engine = stepper(SMALL)(112)
+    phase, images = engine.phase, torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+
+    def reals(nimg: int, config: Config = SMALL) -> torch.Tensor:
+        return torch.cat([micro.real for micro in prepare_step(engine, config, phase, nimg, images)])
+
+    sharp = to_float(images)
+    blurred = upsample(downsample(sharp))
+    assert phase.alpha(100) == 0.0
+    assert phase.alpha(150) == pytest.approx(0.5)
+    torch.testing.assert_close(reals(100), blurred)
+    torch.testing.assert_close(reals(150), (sharp + blurred) / 2)
+    torch.testing.assert_close(reals(200), sharp)
+    mirrored = reals(200, replace(SMALL, data=DataConfig(mirror=True)))
+    flipped = [torch.equal(a, b.flip(2)) for a, b in zip(mirrored, sharp, strict=True)]
+    kept = [torch.equal(a, b) for a, b in zip(mirrored, sharp, strict=True)]
+    assert all(a != b for a, b in zip(flipped, kept, strict=True))
+    assert 0 < sum(flipped) < 16
+
+
+def test_a_phase_border_keeps_the_weights_and_starts_adam_anew_only_where_the_schedule_says() -> None:
+    for policy, kept in (("both", False), ("never", True)):
+        config = replace(SMALL, schedule=replace(SMALL.schedule, reset_adam=policy))
+        engine = stepper(config)(112)
+        before = engine.state()
+        stable = make_schedule(config).phases[2]
+        engine.enter(stable, before)
+        after = engine.state()
+        for part in ("generator", "discriminator", "ema"):
+            assert set(after.parts[part]) < set(before.parts[part])  # The old RGB layers go.
+            assert all(torch.equal(tensor, before.parts[part][name]) for name, tensor in after.parts[part].items())
+        for part in ("adam_generator", "adam_discriminator"):
+            assert bool(after.parts[part]) == kept
+            assert all(torch.equal(tensor, before.parts[part][name]) for name, tensor in after.parts[part].items())
+
+
+def test_the_generator_s_step_leaves_no_gradient_in_the_discriminator() -> None:
+    engine = stepper(SMALL)(112)
+    assert all(p.grad is None and p.requires_grad for p in engine.discriminator.module.parameters())
+
+
+def test_noise_is_decided_by_seed_nimg_and_role_and_dealt_by_chunk() -> None:
+    config = replace(SMALL, schedule=replace(SMALL.schedule, micro_batch=None))
+    engine = stepper(config)(112)
+    images = torch.zeros(16, 3, 8, 8, dtype=torch.uint8)
+
+    def noise(nimg: int, config: Config = config) -> list[torch.Tensor]:
+        (micro,) = prepare_step(engine, config, engine.phase, nimg, images)
+        return [micro.z_d, micro.z_g, micro.mix]
+
+    first = noise(128)
+    assert all(map(torch.equal, first, noise(128)))
+    assert not any(map(torch.equal, first, noise(144)))
+    assert not any(map(torch.equal, first, noise(128, replace(config, seed=1))))
+    assert not torch.equal(first[0], first[1])
+    assert 0 <= first[2].min() <= first[2].max() < 1
+    for nimg, world in ((128, 2), (132, 2), (4, 4)):
+        rows = [local_rows(nimg, 32, rank, world).tolist() for rank in range(world)]
+        assert sorted(row for mine in rows for row in mine) == list(range(32))
+        assert all((nimg + row) // 4 % world == rank for rank, mine in enumerate(rows) for row in mine)
