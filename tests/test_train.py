@@ -319,8 +319,8 @@ def test_too_many_non_finite_steps_in_a_row_exit_5_and_leave_latest(
     assert code == 5, output
     assert "2 steps in a row had non-finite losses" in output
     assert "Traceback" not in output
-    assert (run / "latest").read_text() == "64\n"
-    assert checkpoint.fault(run / "checkpoints" / "64") is None
+    assert (run / "latest").read_text() == "80\n"
+    assert checkpoint.fault(run / "checkpoints" / "80") is None
 
 
 def test_a_skipped_step_leaves_weights_and_moments_alone() -> None:
@@ -442,7 +442,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     code, output = children.run(tmp_path / "log", train, str(config), str(run))
     assert code == 0, output
     assert f"160 passed over: ema.safetensors is {damage}" in output
-    assert "going on at 0.128 kimg" in output
+    assert "going on at 0.144 kimg" in output
     assert_same_bits(run, expected)
 
 
