@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -130,9 +131,12 @@ def clear_on_full_disk(partial: Path) -> Iterator[None]:
         ) from error
 
 
-def prune(run: Path, keep: int, keep_every_kimg: float | None, best: int | None) -> None:
-    """Delete checkpoints besides the newest `keep`, the best, and the first of each `keep_every_kimg`."""
-    saved = sorted(int(path.name) for path in numbered(run))
+def prune(run: Path, newest: int, keep: int, keep_every_kimg: float | None, best: int | None) -> None:
+    """Delete checkpoints besides `keep` of them up to `newest`, the best, and the first of each `keep_every_kimg`.
+
+    Any after `newest` did not verify when the run went on; they must not take the place of good ones.
+    """
+    saved = sorted(int(path.name) for path in numbered(run) if int(path.name) <= newest)
     kept = {*saved[-keep:], best}
     if keep_every_kimg is not None:
         first: dict[int, int] = {}
@@ -230,10 +234,13 @@ def find(target: Path) -> Path:
     if (target / "state.json").exists() or target.name.isdigit():
         folder = target
     elif (target / "checkpoints").is_dir():
-        name = next((target / pointer for pointer in ("best", "latest") if (target / pointer).exists()), None)
-        if name is None:
-            raise UserError(f"{target}: no checkpoint yet; train it first")
-        folder = target / "checkpoints" / name.read_text().strip()
+        best = target / "best"
+        folder = target / "checkpoints" / (best.read_text().strip() if best.exists() else "none")
+        if fault(folder) is not None:
+            found = newest(target, lambda line: print(line, file=sys.stderr))
+            if found is None:
+                raise UserError(f"{target}: no checkpoint yet; train it first")
+            folder = found
     else:
         raise UserError(
             f"{target}: neither a run directory nor a checkpoint folder; name for example runs/demo or "

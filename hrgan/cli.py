@@ -111,7 +111,7 @@ def data_build_arguments(parser: Parser) -> None:
     )
     parser.add_argument("out", type=str, help="folder to make")
     parser.add_argument("--resolution", type=int, required=True, help="largest tier in pixels, a power of two from 16")
-    parser.add_argument("--name", type=str, default=None, help="name of the set (default: the name of OUT)")
+    parser.add_argument("--name", type=str, default=None, help="name of the set (default: the name of SRC)")
     parser.add_argument(
         "--labels",
         type=str,
@@ -129,7 +129,7 @@ def data_build_arguments(parser: Parser) -> None:
         "--max-skipped",
         type=float,
         default=0.01,
-        help="largest share of images that may be skipped as unreadable or too small",
+        help="largest share of images that may be skipped",
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--seed", type=int, default=0, help="decides the stored order")
@@ -208,7 +208,7 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], None], Callable[[Parser], None],
     ),
     "schedule": (schedule, schedule_arguments, "print the phases of a configuration"),
     "train": (train, train_arguments, "train, or go on where the run directory stands"),
-    "eval": (evaluate, eval_arguments, "measure a run or a checkpoint"),
+    "eval": (evaluate, eval_arguments, "measure a run, a checkpoint or a folder of images"),
     "generate": (generate, generate_arguments, "write pictures from a run or a checkpoint"),
     "bench data": (bench_data, bench_data_arguments, "images per second of reading a set, beside its limits"),
     "bench step": (
@@ -243,7 +243,9 @@ def split_config(words: list[str]) -> tuple[list[str], str | None, list[tuple[st
             own.append(word)
             continue
         if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else ""
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"{name}: a value is missing after it")
+            value = rest.pop(0)
         if name == "--config":
             file = value
         elif name in ("--run", "--seconds"):

@@ -7,6 +7,7 @@ name takes the entry of the next lower one (see `at`).
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -232,8 +233,8 @@ def resolutions(config: Config) -> list[int]:
     """The resolutions that the run passes through, ascending: powers of two."""
     last = config.network.resolution
     size = config.schedule.start_resolution if config.network.grow else last
-    sizes = []
-    while size <= last:
+    sizes: list[int] = []
+    while 0 < size <= last:
         sizes.append(size)
         size *= 2
     return sizes
@@ -245,7 +246,9 @@ def resolutions(config: Config) -> list[int]:
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of a nested mapping; maps by resolution count as one value."""
     for key, value in tree.items():
-        by_resolution = isinstance(value, Mapping) and value and all(str(k).isdigit() for k in value)
+        by_resolution = (
+            isinstance(value, Mapping) and all(str(k).isdigit() for k in value) and f"{prefix}{key}" not in topics()
+        )
         if isinstance(value, Mapping) and not by_resolution:
             yield from leaves(value, f"{prefix}{key}.")
         else:
@@ -377,7 +380,7 @@ _LEAST: dict[str, float] = {
     "schedule.fade_kimg": 0,
     "eval.every_kimg": 0,
     "eval.num_fake": 2,
-    "eval.num_real": 2,
+    "eval.num_real": 4,
     "eval.batch": 1,
     "checkpoint.keep": 2,
     "log.grid": 1,
@@ -406,6 +409,9 @@ def _range_problems(config: Config) -> list[str]:
     for key, value in leaves(asdict(config)):
         for number in value.values() if isinstance(value, dict) else [value]:
             if not isinstance(number, (int, float)) or isinstance(number, bool):
+                continue
+            if not math.isfinite(number):
+                found.append(f"{key}: {number} is not a finite number")
                 continue
             if key in _LEAST and number < _LEAST[key]:
                 found.append(f"{key}: {number} is below the least, {_LEAST[key]:g}")

@@ -62,9 +62,7 @@ class Engine:
         self.accelerator = Accelerator(
             mixed_precision="no",
             kwargs_handlers=[
-                # Two forwards of one network in a step and in-place buffer broadcasts do not go
-                # together; there are no buffers anyway.
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
                 # Evaluations and saves hold the other processes in a collective for longer than the
                 # default of 10 minutes.
                 InitProcessGroupKwargs(timeout=timedelta(hours=2)),

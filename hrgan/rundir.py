@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -19,6 +20,10 @@ from hrgan.config import Config, differences, from_dict, read_yaml, to_yaml
 from hrgan.data.manifest import Manifest, verify_sizes
 from hrgan.errors import DataError, UserError
 from hrgan.schedule import Schedule
+
+LOCK = ".lock"
+_held: list[TextIO] = []
+"""Open lock files: closing one would drop its lock."""
 
 
 def check_shards(config: Config, manifest: Manifest, schedule: Schedule) -> None:
@@ -44,17 +49,31 @@ def check_shards(config: Config, manifest: Manifest, schedule: Schedule) -> None
 def open_run(folder: Path, config: Config, manifest: Manifest, say: Callable[[str], None]) -> Path | None:
     """Make a run directory, or check that this configuration may go on in it. The checkpoint to go on from, None at
     the start."""
-    start = None
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--run: {folder} is a file, expected a folder")
-    if folder.exists() and any(folder.iterdir()):
-        start = _reopen(folder, config, manifest, say)
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    _lock(folder)
+    # A kill in the first moments leaves no more than these.
+    untouched = {path.name for path in folder.iterdir()} <= {LOCK, ".environment.json"}
+    start = None if untouched else _reopen(folder, config, manifest, say)
     for marker in ("STOP", "FINISHED"):
         (folder / marker).unlink(missing_ok=True)
-    _replace(folder / "config.yaml", to_yaml(config))
     _replace(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
+    _replace(folder / "config.yaml", to_yaml(config))
+    (folder / "checkpoints").mkdir(exist_ok=True)
     return start
+
+
+def _lock(folder: Path) -> None:
+    """One training at a time in a run directory. The kernel drops the lock with this process, however that ends."""
+    file = (folder / LOCK).open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UserError(
+            f"{folder}: another training is running here; wait for it, stop it or choose another --run"
+        ) from None
+    _held.append(file)
 
 
 def _reopen(folder: Path, config: Config, manifest: Manifest, say: Callable[[str], None]) -> Path | None:
@@ -69,7 +88,9 @@ def _reopen(folder: Path, config: Config, manifest: Manifest, say: Callable[[str
             f"{folder}: written by run format {version}, this hrgan reads {checkpoint.FORMAT}; use the "
             "hrgan that wrote it or another --run"
         )
-    changed = differences(from_dict(read_yaml(folder / "config.yaml")), config)
+    # Killed before its configuration was written: nothing was trained.
+    written = (folder / "config.yaml").exists() or (folder / "checkpoints").exists()
+    changed = differences(from_dict(read_yaml(folder / "config.yaml")), config) if written else []
     if changed:
         raise UserError(
             "\n".join(

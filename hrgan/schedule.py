@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from hrgan.config import Config, at, resolutions
+from hrgan.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,13 @@ def make_schedule(config: Config) -> Schedule:
             )
         )
         nimg += steps * batch
+    for before, after in pairwise(phases):
+        if after.resolution > 2 * before.resolution:
+            skipped = 2 * before.resolution
+            raise UserError(
+                f"schedule: {skipped}² gets no step, so nothing can grow from it; give schedule.stable_kimg "
+                f"or fade_kimg at {skipped} at least one batch ({at(config.schedule.batch, skipped) / 1000:g} kimg)"
+            )
     return Schedule(tuple(phases))
 
 

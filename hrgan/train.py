@@ -163,9 +163,24 @@ class Run:
     bad: stream.BadSamples = field(default_factory=stream.BadSamples)
     speeds: dict[int, float] = field(default_factory=dict)
     """Seconds per image at each resolution, as last measured."""
+    failure: DataError | None = None
+    """Why this process cannot read on; raised on all processes at the next tick, before anything is saved."""
     bad_since_tick: int = 0
     """Samples that this process replaced since the last tick."""
     stop_asked: bool = False
+
+    def next_images(self, reals: Iterator[stream.Batch], phase: Phase) -> Tensor:
+        """This process's next (n, C, R, R) uint8 reals; black ones after a failure, so that no other process waits
+        for ever."""
+        if self.failure is None:
+            try:
+                batch = next(reals)
+                self.note_bad(batch)
+                return batch.images
+            except DataError as error:
+                self.failure = error
+        shape = (self.config.network.channels, phase.resolution, phase.resolution)
+        return torch.zeros(phase.batch // self.engine.world, *shape, dtype=torch.uint8)
 
     def note_bad(self, batch: stream.Batch) -> None:
         """Count replaced samples; the first ten of each process are named at once, then one in a thousand."""
@@ -199,7 +214,7 @@ def train(config: Config, folder: Path) -> None:
         progress = saved.progress if saved else Progress()
         if progress.nimg >= schedule.nimg_total:
             say(f"{folder} is finished at {progress.nimg / 1000:g} kimg; raise schedule.total_kimg to go on")
-            engine.on_main((folder / "FINISHED").touch)
+            engine.on_main(lambda: (folder / "FINISHED").write_text(f"{progress.nimg}\n"))
             for line in summary(folder):
                 say(line)
             return
@@ -236,10 +251,9 @@ def run_phases(run: Run, state: State | None) -> None:
         while nimg < phase.nimg_to:
             # One step
             with meter.waiting():
-                batch = next(reals)
-            run.note_bad(batch)
+                images = run.next_images(reals, phase)
             alpha, weight = phase.alpha(nimg), penalty_weight(config, phase.step(nimg))
-            micros = prepare_step(engine, config, phase, nimg, batch.images)
+            micros = prepare_step(engine, config, phase, nimg, images)
             d_values = d_step(engine, config, phase, micros, alpha, weight)
             g_values = g_step(engine, config, micros, alpha)
             engine.update_ema()
@@ -345,7 +359,7 @@ def between_steps(run: Run, phase: Phase, nimg: int, due: Due) -> None:
     end_tick(run, phase, nimg)
     stop = run.engine.any(run.stop_asked or (run.engine.rank == 0 and (run.folder / "STOP").exists()))
     if due.samples:
-        save_samples(run, phase, nimg)
+        run.engine.on_main(lambda: save_samples(run, phase, nimg))
     if due.evaluate:
         measure(run, phase, nimg)
     if due.save or stop:
@@ -359,13 +373,13 @@ def between_steps(run: Run, phase: Phase, nimg: int, due: Due) -> None:
 def end_tick(run: Run, phase: Phase, nimg: int) -> None:
     """Count, check and log what happened since the last tick. Raises Diverged or DataError before anything is saved."""
     config, engine = run.config, run.engine
-    row = run.meter.read(engine.mean)
+    row, bad_samples = run.meter.read(engine.mean), run.progress.bad_samples + count_bad(run)
     run.progress = replace(
         run.progress,
         nimg=nimg,
         seconds=run.progress.seconds + run.meter.seconds_since_read(),
         skipped_steps=run.progress.skipped_steps + row.pop("skipped"),
-        bad_samples=run.progress.bad_samples + count_bad(run),
+        bad_samples=bad_samples,
     )
     in_a_row = row.pop("skipped_in_a_row")
     if row["img_per_sec"] > 0:
@@ -394,8 +408,8 @@ def end_tick(run: Run, phase: Phase, nimg: int) -> None:
         raise Diverged(
             f"{in_a_row} steps in a row had non-finite losses or gradients (limit optim.max_skipped "
             f"{config.optim.max_skipped}) before "
-            f"{nimg / 1000:g} kimg; checkpoints are untouched: lower optim.lr or use precision float32, and "
-            "go on from the last"
+            f"{nimg / 1000:g} kimg; checkpoints are untouched: start another --run with a lower "
+            "optim.lr or in float32"
         )
 
 
@@ -407,18 +421,15 @@ def count_bad(run: Run) -> int:
     run.bad_since_tick = 0
     try:
         run.bad.check(run.config.data.max_bad)
-    except DataError:
-        run.engine.any(True)
-        raise
-    if run.engine.any(False):
-        raise DataError("another process met too many samples that cannot be read; its line names them")
+    except DataError as error:
+        run.failure = run.failure or error
+    if run.engine.any(run.failure is not None):
+        raise run.failure or DataError("another process cannot read its shards; its line names what is wrong")
     return round(count)
 
 
 def save_samples(run: Run, phase: Phase, nimg: int) -> None:
-    """Generated images from fixed latents on the left, reals of the same resolution on the right."""
-    if run.engine.rank > 0:
-        return
+    """Generated images from fixed latents on the left, reals of the same resolution on the right. On one process."""
     side = grid_side(phase.resolution, run.config.log.grid)
     z = latents(0, side * side, run.config.network.latent, run.config.seed, "grid").to(run.engine.device)
     with torch.no_grad():
@@ -428,6 +439,10 @@ def save_samples(run: Run, phase: Phase, nimg: int) -> None:
     wanted = min(side * side, run.manifest.num_samples)
     stored = stream.read_range(Path(run.config.data.path), run.manifest, phase.resolution, 0, wanted)
     reals = torch.cat([batch.images for batch in stored])
+    if not len(reals):
+        raise DataError(
+            f"{run.config.data.path}: none of its first {wanted} samples at {phase.resolution}² can be read"
+        )
     reals = reals[torch.arange(side * side) % len(reals)]  # A set smaller than the grid shows its pictures again.
     folder = run.folder / "samples"
     folder.mkdir(exist_ok=True)
@@ -466,7 +481,9 @@ def save(run: Run) -> None:
         checkpoint.save(run.folder, state, progress, config, run.manifest.real_set)
         if progress.best_nimg == progress.nimg:
             checkpoint.point(run.folder, "best", progress.nimg)
-        checkpoint.prune(run.folder, config.checkpoint.keep, config.checkpoint.keep_every_kimg, progress.best_nimg)
+        checkpoint.prune(
+            run.folder, progress.nimg, config.checkpoint.keep, config.checkpoint.keep_every_kimg, progress.best_nimg
+        )
 
     run.engine.on_main(write)
 

@@ -18,7 +18,7 @@ wanted=$(cat pyproject.toml launch/constraints.txt | sha256sum | cut -d' ' -f1)
 if [ "$(cat .venv/installed 2>/dev/null || true)" != "$wanted" ]; then
     python=$(find_python)
     echo "Making .venv with $("$python" --version) and installing hrgan (5.5 GB, a few minutes the first time) ..."
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    [ -x .venv/bin/pip ] || "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint launch/constraints.txt --editable '.[dev]'
     echo "$wanted" > .venv/installed
 fi

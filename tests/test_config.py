@@ -60,6 +60,10 @@ def test_all_problems_are_reported_together(capsys: pytest.CaptureFixture[str], 
         ("schedule: {batch: {8: 16}}", "schedule.batch: {8: 16} says nothing for 4 pixels; add 4: ..."),
         ("network: {widths: [8]}", "network.widths: [8] must be at least 9 positive numbers, for 4 to 1024 pixels"),
         ("network: {channels: 4}", "network.channels: 4 is neither 1 (grey) nor 3 (RGB); nearest: 3"),
+        ("optim: {lr: {}}", "optim.lr: {} says nothing for 4 pixels; add 4: ..."),
+        ("schedule: {total_kimg: .inf}", "schedule.total_kimg: inf is not a finite number"),
+        ("schedule: {start_resolution: 0}", "schedule.start_resolution: 0 is not a power of two from 4 up; nearest: 4"),
+        ("eval: {num_real: 2}", "eval.num_real: 2 is below the least, 4"),
         ("data: {max_bad: 2}", "data.max_bad: 2.0 is above the most, 1"),
     ],
 )
@@ -81,6 +85,16 @@ def test_a_file_that_is_no_configuration(
     (line,) = refused(capsys, "train", "--config", path)
     assert str(path) in line
     assert part in line
+
+
+def test_a_resolution_without_a_step_is_refused_before_training(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--schedule.fade_kimg", "0", "--schedule.stable_kimg", "{4: 1, 8: 0, 16: 1}", "--network.resolution", "16")
+    (line,) = refused(capsys, "schedule", *words)
+    assert "8² gets no step" in line
+
+
+def test_an_option_without_its_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--config: a value is missing" in refused(capsys, "schedule", "--config")[0]
 
 
 def test_unknown_commands_and_arguments(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,9 @@ import pytest
 from PIL import Image
 
 from hrgan import checkpoint
+from hrgan.data import manifest as manifests
+from hrgan.data.stream import read_range
+from hrgan.pictures import save_png
 from tests.conftest import TINY, Children, cli
 from tests.test_train import train
 
@@ -54,13 +59,31 @@ def test_a_checkpoint_folder_can_be_named_also_in_a_fade(run: Path, tmp_path: Pa
 
 
 def test_eval_of_a_run_gives_the_number_that_training_logged(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import json
-
     assert cli("eval", run / "checkpoints" / "160") == 0
     row = json.loads(capsys.readouterr().out)
     logged = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["nimg"] == logged["nimg"] == 160
     assert row["fd_random"] == pytest.approx(logged["fd_random"], rel=1e-6)
+
+
+def test_eval_of_a_folder_of_images(
+    run: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The set's own pictures, written as PNGs, are at no distance from the set; generated ones are far from it."""
+    (tmp_path / "own").mkdir()
+    for batch in read_range(shards, manifests.load(shards), 32, 0, 96):
+        for number, image in zip(batch.samples.tolist(), batch.images, strict=True):
+            save_png(image, tmp_path / "own" / f"{number:04d}.png")
+    assert cli("generate", run, "--out", tmp_path / "fakes", "--count", 24) == 0
+    capsys.readouterr()
+    rows = []
+    for folder in ("own", "fakes"):
+        assert cli("eval", tmp_path / folder, "--data", shards) == 0
+        rows.append(json.loads(capsys.readouterr().out))
+    assert [row["num_fake"] for row in rows] == [96, 24]
+    assert abs(rows[0]["fd_random"]) < 0.1 < 5 < rows[1]["fd_random"]
+    assert cli("eval", tmp_path / "own") == 2
+    assert "--data: needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -71,8 +94,6 @@ def test_a_target_that_cannot_be_used_is_named(
 ) -> None:
     target = tmp_path / "nothing"
     if name == "altered":
-        import shutil
-
         target = tmp_path / "7"
         shutil.copytree(run / "checkpoints" / "160", target)
         (target / "ema.safetensors").write_bytes(b"x")
@@ -85,5 +106,6 @@ def test_a_target_that_cannot_be_used_is_named(
 def test_pruning_keeps_the_newest_the_best_and_one_for_each_interval(tmp_path: Path) -> None:
     for nimg in range(1000, 10001, 1000):
         (tmp_path / "checkpoints" / str(nimg)).mkdir(parents=True)
-    checkpoint.prune(tmp_path, keep=2, keep_every_kimg=4, best=6000)
-    assert [path.name for path in checkpoint.numbered(tmp_path)] == ["10000", "9000", "8000", "6000", "4000", "1000"]
+    checkpoint.prune(tmp_path, newest=9000, keep=2, keep_every_kimg=4, best=6000)
+    names = [path.name for path in checkpoint.numbered(tmp_path)]
+    assert names == ["10000", "9000", "8000", "6000", "4000", "1000"]

@@ -6,6 +6,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -206,6 +209,59 @@ def stopped_by_signal(config: str, run: str) -> int:
     return train(config, run)
 
 
+def test_sigterm_to_the_whole_process_group_leaves_the_loader_running_until_all_is_saved(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """What SLURM, timeout and systemd do: every process gets the signal, the loader's too."""
+    words = [sys.executable, "-m", "hrgan", "train", "--config", str(tiny), "--run", str(tmp_path / "run")]
+    words += ["--data.workers", "2", "--schedule.total_kimg", "1000"]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "latest").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 3, log.read_text()
+    assert "with everything saved" in log.read_text()
+    assert log.read_text().count("SIGTERM: saving") == 1
+    assert (
+        checkpoint.fault(tmp_path / "run" / "checkpoints" / (tmp_path / "run" / "latest").read_text().strip()) is None
+    )
+
+
+def test_two_trainings_in_one_run_directory_are_refused(tmp_path: Path, tiny: Path, children: Children) -> None:
+    run = tmp_path / "run"
+    code, output = children.run(tmp_path / "log", trained_beside_another, str(tiny), str(run))
+    assert code == 2, output
+    assert "another training is running here" in output
+
+
+def trained_beside_another(config: str, run: str) -> int:
+    """The child of a process that holds the run's lock tries to train in it."""
+    import fcntl
+
+    Path(run).mkdir()
+    with open(Path(run, ".lock"), "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        words = ["-m", "hrgan", "train", "--config", config, "--run", run]
+        return subprocess.run([sys.executable, *words], check=False).returncode
+
+
+def test_a_run_killed_in_its_first_moments_starts_with_the_same_command(
+    reference: tuple[Path, Path], tmp_path: Path, children: Children
+) -> None:
+    config, expected = reference
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in (".lock", "environment.json"):
+        shutil.copy(expected / name, run / name)
+        code, output = children.run(tmp_path / "log", train, str(config), str(run), "--schedule.total_kimg", "0.016")
+        assert code == 0, output
+        shutil.rmtree(run)
+        run.mkdir()
+
+
 # Any world
 
 
@@ -281,6 +337,39 @@ def test_a_checkpoint_of_two_processes_loads_on_one(
 
 
 # No silence
+
+
+@pytest.mark.slow
+def test_a_shard_that_one_process_cannot_read_stops_all_with_a_line_each(
+    tmp_path: Path, tiny: Path, shards: Path, children: Children
+) -> None:
+    copy, run = tmp_path / "copy", tmp_path / "run"
+    shutil.copytree(shards, copy)
+    code, output = children.run(
+        tmp_path / "log", unreadable_for_rank_1, str(tiny), str(run), "--data.path", str(copy), world=2
+    )
+    assert code == 4, output
+    assert "Traceback" not in output
+    assert "planted" in output
+    assert "another process cannot read its shards" in output
+    assert (run / "latest").read_text() == "48\n"
+
+
+def unreadable_for_rank_1(config: str, run: str, *words: str) -> int:
+    import hrgan.train as loop
+    from hrgan.errors import DataError
+
+    original = loop.open_reals
+
+    def open_reals(config: Config, engine: Any, manifest: Any, phase: Any, nimg: int) -> Any:
+        for batch in original(config, engine, manifest, phase, nimg):
+            if nimg >= 48 and engine.rank == 1:
+                raise DataError("planted: a shard of this process")
+            nimg += phase.batch
+            yield batch
+
+    loop.open_reals = open_reals
+    return train(config, run, *words)
 
 
 def non_finite_from(step: int, config: str, run: str, rank: int, *words: str) -> int:

@@ -35,8 +35,6 @@ from hrgan.errors import DataError, UserError
 SKIPPED = "skipped.csv"
 INDEX = "build.sqlite"
 LOCK = "build.lock"
-LIMITED = ("unreadable", "too_small", "bomb")
-"""Reasons that count against max_skipped."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +87,9 @@ def build(
     labels: "folder" makes the first sub-folder (of the drawn set: the shape) the class; "none" stores no classes.
     image_format: "webp" and "png" are lossless; "jpeg" has `quality` 1 to 100. channels: 3, or 1 for grey. min_size:
     skip images with a shorter side in pixels (0: no limit; smaller ones are enlarged).
-    max_skipped: the largest share of the images found that may be unreadable, too small or decompression bombs. Files
-    with the bytes of an earlier one are skipped, counted and listed too, but not against this limit: nothing is lost
-    with them. workers: processes (0 or 1: this one). shard_samples: samples in a shard (None: 128 to 4096, by
-    resolution). overwrite: replace a finished set in `out`; the old one is deleted first.
+    max_skipped: the largest share of the images found that may be skipped: unreadable, too small, decompression bombs,
+    or with the bytes of an earlier one. workers: processes (0 or 1: this one). shard_samples: samples in a shard (None:
+    128 to 4096, by resolution). overwrite: replace a finished set in `out`; the old one is deleted first.
 
     Raises UserError for wrong arguments, a missing source, an `out` that is busy or holds other files, or a full disk;
     DataError for no usable images or too many skipped (`out/skipped.csv` lists them). No error leaves a manifest
@@ -101,7 +98,16 @@ def build(
     out = Path(out)
     drawn = _drawn_count(source)
     _check_arguments(
-        source if drawn is None else None, labels, image_format, quality, channels, max_skipped, shard_samples
+        source if drawn is None else None,
+        labels,
+        image_format,
+        quality,
+        channels,
+        max_skipped,
+        shard_samples,
+        workers,
+        seed,
+        min_size,
     )
     name = name if name is not None else _plain_name("drawn" if drawn is not None else Path(source).resolve().name)
     if name != _plain_name(name):
@@ -198,7 +204,7 @@ def _write_samples(
 def _report(out: Path, found: int, stored: int, skipped: Counter[str], max_skipped: float) -> None:
     """Say what was stored and skipped; DataError when that is too little or too much."""
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-    lost = sum(skipped[reason] for reason in LIMITED)
+    lost = sum(skipped.values())
     if lost > max_skipped * found:
         raise DataError(
             f"{lost} of {found} images cannot be used ({reasons}), more than the share {max_skipped} allowed; "
@@ -236,6 +242,9 @@ def _check_arguments(
     channels: int,
     max_skipped: float,
     shard_samples: int | None,
+    workers: int,
+    seed: int,
+    min_size: int,
 ) -> None:
     problems = []
     if folder is not None and not os.path.isdir(folder):
@@ -250,6 +259,9 @@ def _check_arguments(
         problems.append(f"channels is {channels}, expected 1 or 3")
     if not 0 <= max_skipped <= 1:
         problems.append(f"max_skipped is {max_skipped}, expected a share from 0 to 1")
+    for field, value in (("workers", workers), ("seed", seed), ("min_size", min_size)):
+        if value < 0:
+            problems.append(f"{field} is {value}, expected 0 or more")
     if shard_samples is not None and shard_samples < 1:
         problems.append(f"shard_samples is {shard_samples}, expected 1 or more")
     if problems:
@@ -303,7 +315,11 @@ def _is_tier(path: Path) -> bool:
 
 def _is_cache(path: Path) -> bool:
     """Whether a folder is what evaluations leave beside a set: statistics of its pictures."""
-    return path.name == "stats" and path.is_dir() and all(p.suffix == ".safetensors" for p in path.iterdir())
+    return (
+        path.name == "stats"
+        and path.is_dir()
+        and all(p.suffix == ".safetensors" or p.name.startswith(".") for p in path.iterdir())
+    )
 
 
 def _prepare(out: Path, overwrite: bool) -> None:

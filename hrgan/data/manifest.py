@@ -117,7 +117,8 @@ def load(root: Path) -> Manifest:
     try:
         fields = json.loads(path.read_text())
     except FileNotFoundError:
-        raise DataError(f"{path} is missing, so {root} is no finished set; run: hrgan data build SRC {root}") from None
+        remedy = f"run: hrgan data build SRC {root}, or name the folder where the set is now"
+        raise DataError(f"{path} is missing, so {root} is no finished set; {remedy}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is unreadable ({error}); {REBUILD}") from None
     version = fields.get("version") if isinstance(fields, dict) else None

@@ -5,6 +5,7 @@ reads onward. Memory of all of a rank's workers together: slots * window encoded
 slots).
 """
 
+import signal
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -300,10 +301,24 @@ def _as_is(item: Any) -> Any:
     return item
 
 
+def _ignore_stop_signals(worker: int) -> None:
+    """A stop sent to the whole process group (by SLURM, timeout, Ctrl-C) is the training process's to answer, which
+    reads on until it has saved; a worker ends when that process does, which torch watches."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _items(dataset: IterableDataset[_Item | DataError], workers: int, prefetch: int) -> Iterator[_Item]:
     """The dataset's items, worker after worker in turn; a worker's DataError is raised here."""
     if workers:
-        loader = DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=prefetch, collate_fn=_as_is)
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=prefetch,
+            collate_fn=_as_is,
+            worker_init_fn=_ignore_stop_signals,
+        )
         source: Iterator[_Item | DataError] = iter(loader)
     else:
         source = iter(dataset)

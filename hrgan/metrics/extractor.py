@@ -119,9 +119,11 @@ def settle_weights(config: EvalConfig, say: Callable[[str], None]) -> Path | Non
     try:
         say(f"fetching FID's Inception weights to {target}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(target), progress=False)
+        # The last part of the name is the start of the file's sha256; a download that differs is not kept.
+        digest = target.stem.rsplit("-", 1)[-1]
+        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(target), hash_prefix=digest, progress=False)
         return checked_weights(target)
-    except OSError as error:  # No network, a refusing server, or no place to write.
+    except (OSError, RuntimeError) as error:  # No network, a refusing server, no place to write, or a wrong file.
         remedy = f"fetch {URL_INCEPTION_V3} elsewhere and put it at {target}, or name it with --eval.weights FILE"
         if config.extractor == "inception":
             raise UserError(

@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
@@ -123,21 +124,26 @@ def real_moments(
     device = next(extractor.network.parameters()).device
     even, odd = (Moments.zero(extractor.size, device) for _ in range(2))
     start, stop = count * rank // world, count * (rank + 1) // world
-    root = Path(config.data.path)
-    bad = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in read_range(
-        root, manifest, resolution, start, stop, batch=config.eval.batch, workers=config.data.workers
-    ):
-        features, is_odd = extractor.features(batch.images.to(device)), (batch.samples % 2 == 1).to(device)
-        even.add(features[~is_odd])
-        odd.add(features[is_odd])
-        bad += len(batch.bad)
-        for line in batch.bad:
-            print(f"real statistics: {line}", file=sys.stderr)
+    lost = torch.zeros(2, dtype=torch.float64, device=device)  # samples left out; processes that could not go on
+    failure: DataError | None = None
+    try:
+        root, data, size = Path(config.data.path), config.data, config.eval.batch
+        for batch in read_range(root, manifest, resolution, start, stop, batch=size, workers=data.workers):
+            features, is_odd = extractor.features(batch.images.to(device)), (batch.samples % 2 == 1).to(device)
+            even.add(features[~is_odd])
+            odd.add(features[is_odd])
+            lost[0] += len(batch.bad)
+            for line in batch.bad:
+                print(f"real statistics: {line}", file=sys.stderr)
+    except DataError as error:  # Raised below, on all processes: none may wait for one that has left.
+        failure, lost[1] = error, 1
     even.reduce()
     odd.reduce()
     if dist.is_initialized():
-        dist.all_reduce(bad)
+        dist.all_reduce(lost)
+    bad, failed = lost.tolist()
+    if failed:
+        raise failure or DataError("another process cannot read its shards; its line names what is wrong")
     if bad > config.data.max_bad * max(count, 1000):
         raise DataError(
             f"{config.data.path}: {int(bad)} of {count} real samples at {resolution}² cannot be read, more than "
@@ -161,7 +167,11 @@ def _load_cached(folders: list[Path], identity: str) -> RealSet | None:
     for folder in folders:
         path = folder / f"{identity[:32]}.safetensors"
         if path.exists():
-            t = safetensors.torch.load_file(path)
+            try:
+                t = safetensors.torch.load_file(path)
+            except (OSError, SafetensorError) as error:
+                print(f"{path} is damaged ({error}): computing the real statistics anew", file=sys.stderr)
+                continue
             halves = [Moments(t[f"{half}.count"], t[f"{half}.total"], t[f"{half}.outer"]) for half in ("even", "odd")]
             return RealSet(halves[0], halves[1], identity)
     return None
@@ -240,13 +250,26 @@ def evaluate(
             )
     finally:
         generator.train(training)
+    row = compare(config, manifest, resolution, fakes, extractor, rank, world, folders)
+    return row | {"seconds": round(time.perf_counter() - began, 3)} if rank == 0 else row
+
+
+def compare(
+    config: Config,
+    manifest: Manifest,
+    resolution: int,
+    fakes: Moments,
+    extractor: Extractor,
+    rank: int,
+    world: int,
+    folders: list[Path],
+) -> dict[str, float | int | str | None]:
+    """The distance of fakes to the reals of a set, with its floor and everything it depends on; {} but on rank 0."""
     reals = real_moments(config, manifest, resolution, extractor, rank, world, folders)
     if rank > 0:
         return {}
-    finite = bool(fakes.outer.isfinite().all())
-    value = (
-        frechet(fakes, reals.all) if finite else None
-    )  # No distance to non-finite pictures: null in metrics.jsonl, never the best.
+    # There is no distance to non-finite pictures: null in metrics.jsonl, and never the best.
+    value = frechet(fakes, reals.all) if bool(fakes.outer.isfinite().all()) else None
     return {
         "resolution": resolution,
         extractor.metric: value,
@@ -254,8 +277,7 @@ def evaluate(
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
         "resize": extractor.resize,
-        "num_fake": config.eval.num_fake,
+        "num_fake": int(fakes.count),
         "num_real": int(reals.all.count),
         "real_set": manifest.real_set,
-        "seconds": round(time.perf_counter() - began, 3),
     }

@@ -111,8 +111,9 @@ def summary(run: Path) -> list[str]:
     rows = [row for row in rows if row["resolution"] == rows[-1]["resolution"]]
     lines = []
     if rows:
-        first, last = rows[0], rows[-1]
+        last = rows[-1]
         name = next(key for key in last if f"{key}_floor" in last)
+        first = next(row for row in rows if name in row)  # Another extractor's numbers are not compared with these.
         values = [
             f"{'none' if row[name] is None else format(row[name], '.4f')} at {row['nimg'] / 1000:g} kimg"
             for row in (first, last)
