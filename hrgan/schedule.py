@@ -134,6 +134,35 @@ def _planned(config: Config) -> list[tuple[int, bool, float, float]]:
     return [(size, fading, a, b) for (size, fading, _), (a, b) in zip(parts, pairwise(borders), strict=True) if b > a]
 
 
+@dataclass(frozen=True)
+class Due:
+    """What follows a step."""
+
+    tick: bool
+    samples: bool
+    evaluate: bool
+    save: bool
+    finish: bool
+
+
+def what_is_due(config: Config, schedule: Schedule, phase: Phase, before: int, after: int) -> Due:
+    """Pure: what follows the step that took nimg from `before` to `after`. Whatever else is due, a tick is: it counts
+    and checks first."""
+    border, finish = after >= phase.nimg_to, after >= schedule.nimg_total
+    resolution = phase.resolution
+    samples = finish or crossed(before, after, at(config.log.samples_kimg, resolution))
+    evaluation = finish or (border and not phase.fading) or crossed(before, after, config.eval.every_kimg)
+    save_now = evaluation or border or crossed(before, after, config.checkpoint.every_kimg)
+    tick = samples or save_now or crossed(before, after, at(config.log.tick_kimg, resolution))
+    return Due(tick, samples, evaluation, save_now, finish)
+
+
+def crossed(before: int, after: int, kimg: float) -> bool:
+    """Whether a multiple of `kimg` thousand images lies in (before, after]; never for 0."""
+    unit = kimg * 1000
+    return unit > 0 and after // unit > before // unit
+
+
 def rows(schedule: Schedule) -> list[dict[str, float | int | bool]]:
     """The phase table that `hrgan schedule` prints."""
     keys = ("kimg_from", "kimg_to", "resolution", "fading", "batch", "lr_g", "lr_d", "steps", "resets_adam")

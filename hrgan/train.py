@@ -34,7 +34,7 @@ from hrgan.networks.layers import downsample, upsample
 from hrgan.noise import draw, latents, local_rows
 from hrgan.pictures import grid_side, save_png, side_by_side, tile, to_float, to_uint8
 from hrgan.rundir import check_shards, open_run
-from hrgan.schedule import Phase, Schedule, make_schedule
+from hrgan.schedule import Due, Phase, Schedule, make_schedule, what_is_due
 
 # Steps
 
@@ -272,35 +272,6 @@ def run_phases(run: Run, state: State | None) -> None:
     run.say(f"finished at {nimg / 1000:g} kimg in {run.folder}")
     for line in summary(run.folder):
         run.say(line)
-
-
-@dataclass(frozen=True)
-class Due:
-    """What follows a step."""
-
-    tick: bool
-    samples: bool
-    evaluate: bool
-    save: bool
-    finish: bool
-
-
-def what_is_due(config: Config, schedule: Schedule, phase: Phase, before: int, after: int) -> Due:
-    """Pure: what follows the step that took nimg from `before` to `after`. Whatever else is due, a tick is: it counts
-    and checks first."""
-    border, finish = after >= phase.nimg_to, after >= schedule.nimg_total
-    resolution = phase.resolution
-    samples = finish or crossed(before, after, at(config.log.samples_kimg, resolution))
-    evaluation = finish or (border and not phase.fading) or crossed(before, after, config.eval.every_kimg)
-    save_now = evaluation or border or crossed(before, after, config.checkpoint.every_kimg)
-    tick = samples or save_now or crossed(before, after, at(config.log.tick_kimg, resolution))
-    return Due(tick, samples, evaluation, save_now, finish)
-
-
-def crossed(before: int, after: int, kimg: float) -> bool:
-    """Whether a multiple of `kimg` thousand images lies in (before, after]; never for 0."""
-    unit = kimg * 1000
-    return unit > 0 and after // unit > before // unit
 
 
 def open_reals(config: Config, engine: Engine, manifest: Manifest, phase: Phase, nimg: int) -> Iterator[stream.Batch]:

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from hrgan.config import Config, NetworkConfig, ScheduleConfig
-from hrgan.schedule import make_schedule, rows
+from hrgan.config import CheckpointConfig, Config, EvalConfig, LogConfig, NetworkConfig, ScheduleConfig
+from hrgan.schedule import make_schedule, rows, what_is_due
 from tests.conftest import cli
 
 PAPER = {  # resolution: (fade-in kimg, stable kimg, steps of both, batch, learning rate)
@@ -106,3 +106,25 @@ def test_other_policies() -> None:
     cut = make_schedule(Config(schedule=ScheduleConfig(fade_kimg=0)))
     assert not any(p.fading for p in cut.phases)
     assert len(rows(cut)) == 9
+
+
+def test_what_is_due_after_each_step_of_a_small_run() -> None:
+    config = Config(
+        network=NetworkConfig(resolution=8),
+        schedule=ScheduleConfig(total_kimg=4, stable_kimg=1, fade_kimg=1, batch=100),
+        eval=EvalConfig(every_kimg=1.5),
+        checkpoint=CheckpointConfig(every_kimg=1.2),
+        log=LogConfig(tick_kimg=0.5, samples_kimg=3),
+    )
+    schedule = make_schedule(config)
+    found: dict[str, list[int]] = {name: [] for name in ("tick", "samples", "evaluate", "save", "finish")}
+    for before in range(0, schedule.nimg_total, 100):
+        due = what_is_due(config, schedule, schedule.at(before), before, before + 100)
+        for name, nimgs in found.items():
+            if getattr(due, name):
+                nimgs.append(before + 100)
+    assert found["evaluate"] == [1000, 1500, 3000, 4000]  # the end of 4² stable, each 1.5 kimg, the end
+    assert found["save"] == [1000, 1200, 1500, 2000, 2400, 3000, 3600, 4000]  # also at borders and with evaluations
+    assert found["samples"] == [3000, 4000]
+    assert found["finish"] == [4000]
+    assert found["tick"] == sorted({*range(500, 4001, 500), *found["save"]})
