@@ -15,6 +15,7 @@ from hrgan.data import manifest as manifests
 from hrgan.data.stream import read_range
 from hrgan.pictures import save_png
 from tests.conftest import TINY, Children, cli
+from tests.test_metrics import offline
 from tests.test_train import train
 
 
@@ -67,9 +68,11 @@ def test_eval_of_a_run_gives_the_number_that_training_logged(run: Path, capsys: 
 
 
 def test_eval_of_a_folder_of_images(
-    run: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The set's own pictures, written as PNGs, are at no distance from the set; generated ones are far from it."""
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
     (tmp_path / "own").mkdir()
     for batch in read_range(shards, manifests.load(shards), 32, 0, 96):
         for number, image in zip(batch.samples.tolist(), batch.images, strict=True):

@@ -209,7 +209,7 @@ def _report(out: Path, found: int, stored: int, skipped: Counter[str], max_skipp
     if lost > max_skipped * found:
         raise DataError(
             f"{lost} of {found} images cannot be used ({reasons}), more than the share {max_skipped} allowed; "
-            f"see {out / SKIPPED}, then mend or remove them or raise max_skipped"
+            f"see {out / SKIPPED}, then mend or remove them or raise --max-skipped"
         )
     if not stored:
         raise DataError(f"none of {found} images can be used ({reasons}); see {out / SKIPPED}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +117,8 @@ def settle_weights(config: EvalConfig, say: Callable[[str], None]) -> Path | Non
     target = cached_weights()
     if target.exists():
         return checked_weights(target)
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # A firewall that drops packets must not hold the launch up for minutes.
     try:
         say(f"fetching FID's Inception weights to {target}")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +138,8 @@ def settle_weights(config: EvalConfig, say: Callable[[str], None]) -> Path | Non
             f"comparable with any FID. For FID, {remedy}"
         )
         return None
+    finally:
+        socket.setdefaulttimeout(patience)
 
 
 def checked_weights(path: Path) -> Path:
