@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -52,7 +53,7 @@ def open_run(folder: Path, config: Config, manifest: Manifest, say: Callable[[st
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--run: {folder} is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    _lock(folder)
+    _lock(folder, say)
     # A kill in the first moments leaves no more than these.
     untouched = {path.name for path in folder.iterdir()} <= {LOCK, ".environment.json"}
     start = None if untouched else _reopen(folder, config, manifest, say)
@@ -64,7 +65,7 @@ def open_run(folder: Path, config: Config, manifest: Manifest, say: Callable[[st
     return start
 
 
-def _lock(folder: Path) -> None:
+def _lock(folder: Path, say: Callable[[str], None]) -> None:
     """One training at a time in a run directory. The kernel drops the lock with this process, however that ends."""
     file = (folder / LOCK).open("w")
     try:
@@ -73,6 +74,11 @@ def _lock(folder: Path) -> None:
         raise UserError(
             f"{folder}: another training is running here; wait for it, stop it or choose another --run"
         ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        # Some cluster file systems have no locks: that must not keep anyone from training on them.
+        say(f"{folder} cannot be locked ({error.strerror}): make sure that only one training runs in it")
     _held.append(file)
 
 

@@ -237,6 +237,24 @@ def test_two_trainings_in_one_run_directory_are_refused(tmp_path: Path, tiny: Pa
     assert "another training is running here" in output
 
 
+def test_a_file_system_without_locks_is_said_and_used(tmp_path: Path, tiny: Path, children: Children) -> None:
+    words = ("--schedule.total_kimg", "0.016")
+    code, output = children.run(tmp_path / "log", without_locks, str(tiny), str(tmp_path / "run"), *words)
+    assert code == 0, output
+    assert "cannot be locked (No locks available)" in output
+
+
+def without_locks(config: str, run: str, *words: str) -> int:
+    import errno
+    import fcntl
+
+    def lockf(*arguments: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    fcntl.lockf = lockf
+    return train(config, run, *words)
+
+
 def trained_beside_another(config: str, run: str) -> int:
     """The child of a process that holds the run's lock tries to train in it."""
     import fcntl
