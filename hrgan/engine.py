@@ -197,7 +197,7 @@ class Engine:
         """Forward and backward of one micro-batch; gradients are reduced over the processes in the last one only
         (ZeRO-2 and 3 reduce them in each, because no process keeps them whole)."""
         if net.deepspeed is not None:
-            net.deepspeed.set_gradient_accumulation_boundary(is_boundary=last)
+            zero.begin_micro_step(net.deepspeed, last)
         with nullcontext() if last or net.deepspeed is not None else self.accelerator.no_sync(net.wrapped):
             yield
 

@@ -110,6 +110,14 @@ def _compile_once() -> None:
             builder.load()
 
 
+def begin_micro_step(engine: Any, last: bool) -> None:
+    """Tell DeepSpeed's engine whether gradients are complete after the coming backward; and what its own forward,
+    which is gone round, would tell its optimizer: else ZeRO-3 replaces gradients where it should add."""
+    engine.set_gradient_accumulation_boundary(is_boundary=last)
+    if engine.zero_optimization():
+        engine.optimizer.clear_backward_seen_flag()
+
+
 @contextmanager
 def whole(module: nn.Module) -> Iterator[None]:
     """In here every parameter is whole on every process: ZeRO-3 gathers them, at other stages they always are."""
