@@ -31,7 +31,7 @@ from hrgan.networks.progan import Discriminator
 from hrgan.noise import draw, local_rows
 from hrgan.schedule import make_schedule
 from tests.conftest import Children
-from tests.test_train import assert_same_bits, initial_tensors, killed_before_step, records, relative_error, train
+from tests.test_train import assert_same_bits, initial_tensors, killed_before_step, relative_error, train
 
 Result = dict[str, torch.Tensor]
 
