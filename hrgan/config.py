@@ -111,7 +111,14 @@ class OptimConfig:
     """Half-life of the generator's moving average in thousands of images (22.2 is ProGAN's 0.999 a step at batch 32).
     """
     max_skipped: int = 20
-    """Steps in a row that may be skipped for non-finite numbers before the run stops with exit code 5."""
+    """Steps in a row that may be skipped for non-finite numbers before the run counts as diverged."""
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """stop: end with exit code 5; rollback: go back to the newest checkpoint and on from there with lower learning
+    rates."""
+    max_rollbacks: int = 3
+    """Rollbacks of a run before it ends with exit code 5 after all."""
+    rollback_lr: float = 0.5
+    """What each rollback multiplies both learning rates by."""
 
 
 @dataclass(frozen=True)
@@ -169,11 +176,24 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class LimitsConfig:
+    """When a run stops by itself."""
+
+    hours: float | None = None
+    """Wall-clock hours from the launch after which it saves and exits with code 3; None: no limit. The environment
+    variable HRGAN_DEADLINE (seconds since 1970) is another; SLURM's scripts set it."""
+    margin_minutes: float = 10.0
+    """Minutes before the limit at which it begins to save."""
+    timeout_minutes: float = 10.0
+    """Minutes without progress after which a process counts as hung: it prints its stack and ends, and all with it."""
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What is shown."""
 
     tick_kimg: FloatByRes = 4.0
-    """Thousands of images between log lines; stop requests are seen at these points too."""
+    """Thousands of images between log lines."""
     samples_kimg: FloatByRes = 40.0
     """Thousands of images between sample grids."""
     grid: int = 8
@@ -200,6 +220,8 @@ class Config:
     """The metric."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving."""
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """Stopping by itself."""
     log: LogConfig = field(default_factory=LogConfig)
     """Showing."""
     seed: int = 0
@@ -222,6 +244,10 @@ MAY_CHANGE = (
     "data.prefetch",
     "data.max_bad",
     "optim.max_skipped",
+    "optim.on_divergence",
+    "optim.max_rollbacks",
+    "optim.rollback_lr",
+    "limits.",
     "deterministic",
 )
 """Fields that a resumed run may change: none of them alters which images are seen or how they are learnt from."""
@@ -390,6 +416,8 @@ _LEAST: dict[str, float] = {
     "loss.r1_every": 1,
     "optim.ema_kimg": 0,
     "optim.max_skipped": 1,
+    "optim.max_rollbacks": 1,
+    "limits.margin_minutes": 0,
     "schedule.stable_kimg": 0,
     "schedule.fade_kimg": 0,
     "eval.every_kimg": 0,
@@ -408,6 +436,9 @@ _ABOVE_ZERO = (
     "optim.lr_d",
     "optim.eps",
     "loss.fd_sigma",
+    "optim.rollback_lr",
+    "limits.hours",
+    "limits.timeout_minutes",
     "loss.gp_target",
     "schedule.total_kimg",
     "checkpoint.every_kimg",
@@ -415,7 +446,7 @@ _ABOVE_ZERO = (
     "log.tick_kimg",
     "log.samples_kimg",
 )
-_MOST: dict[str, float] = {"data.max_bad": 1, "optim.beta1": 0.9999, "optim.beta2": 0.99999}
+_MOST: dict[str, float] = {"data.max_bad": 1, "optim.rollback_lr": 1, "optim.beta1": 0.9999, "optim.beta2": 0.99999}
 
 
 def _range_problems(config: Config) -> list[str]:

@@ -7,28 +7,28 @@ Everything is a function of (config, seed, nimg): nothing but tensors and nimg i
 from __future__ import annotations
 
 import resource
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
+from typing import NoReturn
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hrgan import checkpoint, losses
-from hrgan.checkpoint import Progress
+from hrgan.checkpoint import Progress, Saved
 from hrgan.config import CHUNK, Config, at, refuse, world_problems
 from hrgan.data import manifest as shards
 from hrgan.data import stream
 from hrgan.data.manifest import Manifest
 from hrgan.engine import Engine, State
-from hrgan.errors import DataError, Diverged, Stopped, UserError
+from hrgan.errors import DataError, Diverged, HrganError, Stopped, UserError
 from hrgan.metrics.extractor import Extractor, make_extractor, settle_weights
 from hrgan.metrics.frechet import evaluate
-from hrgan.monitor.log import RunLog, eta, summary
+from hrgan.monitor.log import RunLog, eta, read_rows, summary
 from hrgan.monitor.meter import Meter
 from hrgan.networks import full_precision
 from hrgan.networks.layers import downsample, upsample
@@ -36,6 +36,10 @@ from hrgan.noise import draw, latents, local_rows, pixel_noise
 from hrgan.pictures import grid_side, save_png, side_by_side, tile, to_float, to_uint8
 from hrgan.rundir import check_shards, open_run
 from hrgan.schedule import Due, Phase, Schedule, make_schedule, what_is_due
+from hrgan.watch import Watch, beat, patience, stop_time, store_of_processes
+
+LOOK_SECONDS = 2.0
+"""Between two looks for a reason to stop, where a step is shorter."""
 
 # Steps
 
@@ -176,7 +180,23 @@ class Run:
     """Why this process cannot read on; raised on all processes at the next tick, before anything is saved."""
     bad_since_tick: int = 0
     """Samples that this process replaced since the last tick."""
-    stop_asked: bool = False
+    watch: Watch | None = None
+    look_every: int = 1
+    """Steps between two looks for a reason to stop, so that looking costs next to nothing."""
+
+    def stop_reason(self) -> str | None:
+        """Why to stop, agreed on by all processes, or None. All processes must call it."""
+        reason = self.watch.reason() if self.watch else None
+        if reason is None and self.engine.rank == 0 and (self.folder / "STOP").exists():
+            reason = "a STOP file"
+        return self.engine.agree(reason)
+
+    def pause(self) -> None:
+        """Between two rounds of an evaluation: raises Stopped on all processes where one has a reason."""
+        beat()
+        reason = self.stop_reason()
+        if reason is not None:
+            raise Stopped(reason)
 
     def next_images(self, reals: Iterator[stream.Batch], phase: Phase) -> Tensor:
         """This process's next (n, C, R, R) uint8 reals; black ones after a failure, so that no other process waits
@@ -210,77 +230,194 @@ def train(config: Config, folder: Path) -> None:
     line for what is wrong."""
     schedule = make_schedule(config)
     engine = Engine(config)
-    try:
+    with watching(config, engine) as watch:
         refuse(world_problems(config, engine.world), "config")
         if not config.data.path:
             raise UserError("data.path: empty; name the folder that `hrgan data build` wrote: --data.path FOLDER")
         manifest = shards.load(Path(config.data.path))
         check_shards(config, manifest, schedule)
         say = print if engine.rank == 0 else _silent
-        weights = engine.on_main(lambda: settle_weights(config.eval, say))
+        with patience("fetching the extractor's weights"):
+            weights = engine.on_main(lambda: settle_weights(config.eval, say))
         start = engine.on_main(lambda: open_run(folder, config, manifest, say))
-        saved = checkpoint.load(start) if start is not None else None
+        saved = load_everywhere(engine, start) if start is not None else None
         progress = saved.progress if saved else Progress()
-        if progress.nimg >= schedule.nimg_total:
-            say(f"{folder} is finished at {progress.nimg / 1000:g} kimg; raise schedule.total_kimg to go on")
-            engine.on_main(lambda: (folder / "FINISHED").write_text(f"{progress.nimg}\n"))
-            for line in summary(folder):
-                say(line)
-            return
         log = RunLog(folder, progress.nimg, config.log.tensorboard) if engine.rank == 0 else None
         try:
             extractor = make_extractor(weights, engine.device)
-            run = Run(config, folder, engine, schedule, manifest, extractor, log, progress, Meter(engine.device))
+            meter = Meter(engine.device)
+            run = Run(config, folder, engine, schedule, manifest, extractor, log, progress, meter, watch=watch)
+            if progress.nimg >= schedule.nimg_total and not owes_evaluation(run):
+                run.say(f"{folder} is finished at {progress.nimg / 1000:g} kimg; raise schedule.total_kimg to go on")
+                finish(run)
+                return
             run.say(
                 f"{'going on' if saved else 'starting'} at {progress.nimg / 1000:g} kimg in {folder}: "
                 f"{manifest.num_samples:,} images, "
                 f"{engine.world} x {engine.device.type} ({engine.name}), {config.precision}, {extractor.metric}"
             )
-            with stop_on_signals(run):
-                run_phases(run, saved.state if saved else None)
+            run_phases(run, saved.state if saved else None)
         finally:
             if log is not None:
                 log.close()
-    finally:
-        engine.close()
 
 
 def run_phases(run: Run, state: State | None) -> None:
-    """The loop: phases, steps, and what is due between steps."""
+    """Phase after phase, and back to a checkpoint where training diverges and the configuration says so."""
+    if state is not None and owes_evaluation(run):
+        state = make_up_evaluation(run, state)
+    while run.progress.nimg < run.schedule.nimg_total:
+        try:
+            state = run_phase(run, at_lr(run.schedule.at(run.progress.nimg), run.progress.lr_scale), state)
+        except Diverged as error:
+            state = roll_back(run, error)
+    run.say(f"finished at {run.progress.nimg / 1000:g} kimg in {run.folder}")
+    finish(run)
+
+
+def run_phase(run: Run, phase: Phase, state: State | None) -> State:
+    """The loop: steps, and what is due between steps. The tensors at the phase's end."""
     config, engine, schedule, meter = run.config, run.engine, run.schedule, run.meter
     nimg = run.progress.nimg
-    while nimg < schedule.nimg_total:
-        phase = schedule.at(nimg)
-        engine.enter(phase, state)
-        part = "fading in" if phase.fading else "stable"
-        place = f"phase {phase.index + 1}/{len(schedule.phases)}"
-        run.say(f"{place}: {phase.resolution}² {part}, batch {phase.batch}, to {phase.nimg_to / 1000:g} kimg")
-        reals, unmoved = open_reals(config, engine, run.manifest, phase, nimg), engine.weights()
-        meter.restart()
-        while nimg < phase.nimg_to:
-            # One step
-            with meter.waiting():
-                images = run.next_images(reals, phase)
-            alpha, weight = phase.alpha(nimg), penalty_weight(config, phase.step(nimg))
-            micros = prepare_step(engine, config, phase, nimg, images)
-            d_values = d_step(engine, config, phase, micros, alpha, weight)
-            g_values = g_step(engine, config, micros, alpha)
-            engine.update_ema()
-            meter.add(phase.batch, d_values, g_values, with_penalty=weight > 0)
-            if unmoved:
-                unmoved = check_moved(engine, unmoved, d_values, g_values)
+    beat(f"step {schedule.step(nimg)}, building {phase.resolution}²", nimg)
+    engine.enter(phase, state)
+    part = "fading in" if phase.fading else "stable"
+    place = f"phase {phase.index + 1}/{len(schedule.phases)}"
+    run.say(f"{place}: {phase.resolution}² {part}, batch {phase.batch}, to {phase.nimg_to / 1000:g} kimg")
+    reals, unmoved = open_reals(config, engine, run.manifest, phase, nimg), engine.weights()
+    meter.restart()
+    run.look_every = 1
+    while nimg < phase.nimg_to:
+        # One step
+        step = schedule.step(nimg)
+        beat(f"step {step}, reading data", nimg)
+        with meter.waiting():
+            images = run.next_images(reals, phase)
+        beat(f"step {step}", nimg + 0.5)
+        alpha, weight = phase.alpha(nimg), penalty_weight(config, phase.step(nimg))
+        micros = prepare_step(engine, config, phase, nimg, images)
+        d_values = d_step(engine, config, phase, micros, alpha, weight)
+        g_values = g_step(engine, config, micros, alpha)
+        engine.update_ema()
+        meter.add(phase.batch, d_values, g_values, with_penalty=weight > 0)
+        if unmoved:
+            unmoved = check_moved(engine, unmoved, d_values, g_values)
 
-            # What is due
-            nimg, before = nimg + phase.batch, nimg
-            due = what_is_due(config, schedule, phase, before, nimg)
-            if due.tick:
-                between_steps(run, phase, nimg, due)
-                meter.restart()
-        state = engine.state()
-    engine.on_main(lambda: (run.folder / "FINISHED").write_text(f"{nimg}\n"))
-    run.say(f"finished at {nimg / 1000:g} kimg in {run.folder}")
+        # What is due
+        nimg, before = nimg + phase.batch, nimg
+        due = what_is_due(config, schedule, phase, before, nimg)
+        stop = run.stop_reason() if due.tick or phase.step(nimg) % run.look_every == 0 else None
+        if due.tick or stop:
+            between_steps(run, phase, nimg, due, stop)
+            meter.restart()
+    return engine.state()
+
+
+def finish(run: Run) -> None:
+    """Mark the run as finished and say what came out."""
+    run.engine.on_main(lambda: (run.folder / "FINISHED").write_text(f"{run.progress.nimg}\n"))
     for line in summary(run.folder):
         run.say(line)
+
+
+def at_lr(phase: Phase, scale: float) -> Phase:
+    """The phase with its learning rates multiplied, as rollbacks ask for."""
+    return replace(phase, lr_g=phase.lr_g * scale, lr_d=phase.lr_d * scale)
+
+
+@contextmanager
+def watching(config: Config, engine: Engine) -> Iterator[Watch]:
+    """Signals, time limits and hangs are watched in here; the processes part at the end. An error that comes from
+    another process's death names that process."""
+    limits = config.limits
+    stop_at = stop_time(limits.hours, limits.margin_minutes)
+    watch = Watch(engine.rank, engine.world, limits.timeout_minutes * 60, stop_at, store_of_processes())
+    watch.start()
+    try:
+        yield watch
+    except HrganError:
+        raise
+    except Exception as error:
+        lost = watch.lost()
+        if not lost:
+            raise
+        raise HrganError(
+            f"rank {engine.rank} ends, because it has lost {lost} ({str(error).splitlines()[0]})"
+        ) from error
+    finally:
+        watch.stop()
+        engine.close()
+
+
+def roll_back(run: Run, error: Diverged) -> State:
+    """Go back to the newest checkpoint that verifies, with lower learning rates. Raises the error again where the
+    configuration does not ask for that, or has been tried often enough."""
+    config, rollbacks = run.config.optim, run.progress.rollbacks + 1
+    if config.on_divergence == "stop":
+        raise error
+    if rollbacks > config.max_rollbacks:
+        raise Diverged(f"{error} (after {config.max_rollbacks} rollbacks, optim.max_rollbacks)")
+    start = run.engine.on_main(lambda: checkpoint.newest(run.folder, run.say))
+    if start is None:
+        raise Diverged(f"{error} (before the first checkpoint, so there is none to go back to)")
+    saved = load_everywhere(run.engine, start)
+    diverged_at, scale = run.progress.nimg, run.progress.lr_scale * config.rollback_lr
+    run.progress = replace(
+        saved.progress,
+        rollbacks=rollbacks,
+        lr_scale=scale,
+        skipped_steps=run.progress.skipped_steps,
+        seconds=run.progress.seconds,
+    )
+    run.say(
+        f"diverged at {diverged_at / 1000:g} kimg: back to {run.progress.nimg / 1000:g} kimg with learning rates "
+        f"x {scale:g} (rollback {rollbacks} of at most {config.max_rollbacks})"
+    )
+    if run.log is not None:
+        run.log.go_back(run.progress.nimg)
+    # At once, so that a crash before the next checkpoint keeps the lower rates.
+    run.engine.on_main(
+        lambda: checkpoint.save(run.folder, saved.state, run.progress, run.config, run.manifest.real_set)
+    )
+    run.meter = Meter(run.engine.device)
+    return saved.state
+
+
+def load_everywhere(engine: Engine, folder: Path) -> Saved:
+    """The checkpoint on each process. UserError on all where one cannot read it."""
+    saved, problem = None, None
+    try:
+        saved = checkpoint.load(folder)
+    except (OSError, SafetensorError) as error:
+        problem = f"{folder} cannot be read ({error}); the disk must be shared by all machines"
+    problem = engine.agree(problem)
+    if saved is None or problem is not None:
+        raise UserError(problem or "")
+    return saved
+
+
+def owes_evaluation(run: Run) -> bool:
+    """Whether the run was stopped after the step that an evaluation was due at, and before it was made."""
+    nimg = run.progress.nimg
+    if nimg == 0:
+        return False
+    phase = run.schedule.at(nimg - 1)
+    due = what_is_due(run.config, run.schedule, phase, nimg - phase.batch, nimg)
+    rows = run.engine.on_main(lambda: read_rows(run.folder / "metrics.jsonl"))
+    return due.evaluate and not any(row["nimg"] == nimg and run.extractor.metric in row for row in rows)
+
+
+def make_up_evaluation(run: Run, state: State) -> State:
+    """Evaluate in the phase that the checkpoint ends, and save what it says."""
+    nimg = run.progress.nimg
+    phase = run.schedule.at(nimg - 1)
+    run.engine.enter(at_lr(phase, run.progress.lr_scale), state)
+    try:
+        measure(run, phase, nimg)
+    except Stopped as stopped:
+        stop_here(run, str(stopped))
+    save(run)
+    return run.engine.state()
 
 
 def open_reals(config: Config, engine: Engine, manifest: Manifest, phase: Phase, nimg: int) -> Iterator[stream.Batch]:
@@ -324,21 +461,30 @@ def check_moved(
 # Between steps
 
 
-def between_steps(run: Run, phase: Phase, nimg: int, due: Due) -> None:
-    """Tick, sample grid, evaluation and checkpoint, in this order. Raises Stopped, after saving, where a stop was
-    asked for."""
+def between_steps(run: Run, phase: Phase, nimg: int, due: Due, stop: str | None) -> None:
+    """Tick, sample grid, evaluation and checkpoint, in this order. With a reason to stop, which may come during the
+    evaluation too: save, and raise Stopped. An evaluation that was left out is made on the way on."""
     end_tick(run, phase, nimg)
-    stop = run.engine.any(run.stop_asked or (run.engine.rank == 0 and (run.folder / "STOP").exists()))
     if due.samples:
         run.engine.on_main(lambda: save_samples(run, phase, nimg))
-    if due.evaluate:
-        measure(run, phase, nimg)
+    evaluated = False
+    if due.evaluate and stop is None:
+        try:
+            measure(run, phase, nimg)
+            evaluated = True
+        except Stopped as stopped:
+            stop = str(stopped)
     if due.save or stop:
         save(run)
-    if stop and not due.finish:
-        run.engine.on_main((run.folder / "STOP").touch)
-        place = f"stopped at {nimg / 1000:g} kimg with everything saved in {run.folder}"
-        raise Stopped(f"{place}; the same command goes on")
+    if stop and not (due.finish and evaluated):
+        stop_here(run, stop)
+
+
+def stop_here(run: Run, reason: str) -> NoReturn:
+    """Leave with everything saved."""
+    run.engine.on_main((run.folder / "STOP").touch)
+    place = f"stopped at {run.progress.nimg / 1000:g} kimg with everything saved in {run.folder}"
+    raise Stopped(f"{place} ({reason}); the same command goes on")
 
 
 def end_tick(run: Run, phase: Phase, nimg: int) -> None:
@@ -353,6 +499,8 @@ def end_tick(run: Run, phase: Phase, nimg: int) -> None:
         bad_samples=bad_samples,
     )
     in_a_row = row.pop("skipped_in_a_row")
+    seconds = engine.mean(torch.tensor([row["sec_per_kimg"] * phase.batch / 1000], device=engine.device)).item()
+    run.look_every = max(1, int(LOOK_SECONDS / seconds)) if seconds > 0 else 1
     if row["img_per_sec"] > 0:
         run.speeds[phase.resolution] = 1 / row["img_per_sec"]
     if run.log is not None:
@@ -373,14 +521,15 @@ def end_tick(run: Run, phase: Phase, nimg: int) -> None:
             "seconds": run.progress.seconds,
             "skipped_steps": run.progress.skipped_steps,
             "bad_samples": run.progress.bad_samples,
+            "rollbacks": run.progress.rollbacks,
         }
         run.log.tick(row, phase.fading, config.schedule.total_kimg, eta(run.schedule, phase, nimg, run.speeds))
     if in_a_row > config.optim.max_skipped:
         raise Diverged(
             f"{in_a_row} steps in a row had non-finite losses or gradients (limit optim.max_skipped "
             f"{config.optim.max_skipped}) before "
-            f"{nimg / 1000:g} kimg; checkpoints are untouched: start another --run with a lower "
-            "optim.lr or in float32"
+            f"{nimg / 1000:g} kimg; checkpoints are untouched: go on with --optim.on_divergence rollback, or start "
+            "another --run with a lower optim.lr or in float32"
         )
 
 
@@ -422,11 +571,20 @@ def save_samples(run: Run, phase: Phase, nimg: int) -> None:
 
 
 def measure(run: Run, phase: Phase, nimg: int) -> None:
-    """Evaluate the EMA; remember it if it is the best of its kind."""
+    """Evaluate the EMA; remember it if it is the best of its kind. Stopped where a stop is asked for meanwhile."""
+    beat(f"evaluating at {nimg / 1000:g} kimg")
     config, engine = run.config, run.engine
     folders = [Path(config.data.path) / "stats", run.folder / "stats"]
     row = evaluate(
-        config, run.manifest, engine.ema, phase.alpha(nimg), run.extractor, engine.rank, engine.world, folders
+        config,
+        run.manifest,
+        engine.ema,
+        phase.alpha(nimg),
+        run.extractor,
+        engine.rank,
+        engine.world,
+        folders,
+        run.pause,
     )
     if run.log is None:
         return
@@ -446,6 +604,7 @@ def measure(run: Run, phase: Phase, nimg: int) -> None:
 
 def save(run: Run) -> None:
     """Write the checkpoint of this moment, point `best` at the best, and prune."""
+    beat(f"saving at {run.progress.nimg / 1000:g} kimg")
     state, progress, config = run.engine.state(), run.progress, run.config
     run.engine.check_same(state)
 
@@ -458,23 +617,6 @@ def save(run: Run) -> None:
         )
 
     run.engine.on_main(write)
-
-
-@contextmanager
-def stop_on_signals(run: Run) -> Iterator[None]:
-    """SIGTERM or Ctrl-C asks for a stop at the next tick; a second one ends at once."""
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        run.stop_asked = True
-        signal.signal(number, before[signal.Signals(number)])
-        sys.stderr.write(f"{signal.Signals(number).name}: saving at the next tick, once more to end at once\n")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _silent(line: str) -> None:
