@@ -107,10 +107,14 @@ class Cluster:
             assert time.monotonic() < end, f"waited {seconds:g} s for {what}\n{self.run('scontrol', 'show', 'job')}"
             time.sleep(0.3)
 
-    def stop(self) -> None:
-        """End all jobs, then the daemons."""
+    def cancel_all(self) -> None:
+        """End all jobs, at once."""
+        self.run("scancel", "--full", "--signal=KILL", "--user=root")
         self.run("scancel", "--user=root")
-        time.sleep(1)
+        self.wait(lambda: self.run("squeue", "-h") == "", 60, "all jobs to end")
+
+    def stop(self) -> None:
+        """End every daemon."""
         for daemon in reversed(self.daemons):
             daemon.terminate()
             try:
