@@ -246,15 +246,15 @@ def test_wrong_words_are_not_tried_again(place: Place) -> None:
     assert "ended with exit code 2" in said(run)
 
 
-def test_attempts_are_capped(place: Place) -> None:
+def test_a_stop_is_heard_while_a_training_starts_and_attempts_are_capped(place: Place) -> None:
     run = place.folder / "last attempt"
     place.pace(1)
     job = place.train(run, attempts=1)
-    place.wait_for_step(run, 1)
+    place.cluster.wait(lambda: "processes from 0 images" in said(run), 30, "the job to start")
     place.cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert place.ended(job) == ("FAILED", "3:0"), said(run)
     assert "MAX_ATTEMPTS are used up" in said(run)
-    assert int((run / "latest").read_text()) == 16 * len((run / "log.jsonl").read_text().splitlines()) < 160
+    assert (run / "latest").read_text() == "16\n"
 
 
 def test_a_preempted_training_saves_and_goes_back_into_the_queue(place: Place) -> None:
