@@ -67,6 +67,12 @@ def test_its_number_is_the_one_that_the_training_would_have_written(run: Path) -
     assert {nimg: measured[nimg] for nimg in own} == pytest.approx(own, rel=1e-6)
 
 
+def test_none_is_measured_twice_where_reals_cannot_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "count_real", lambda *arguments: 97)  # One more than the 96 that rows then say.
+    assert cli("eval", run, "--watch") == 0
+    assert [row["nimg"] for row in rows(run)] == [*MEASURED, *reversed(ALL)]
+
+
 def test_pruned_and_damaged_checkpoints_are_passed_over_and_said(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

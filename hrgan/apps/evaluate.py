@@ -112,6 +112,8 @@ class Watcher:
     extractor: Extractor
     passed_over: set[int] = field(default_factory=set)
     """nimg of the checkpoints that were pruned too soon or do not verify."""
+    measured: set[int] = field(default_factory=set)
+    """nimg of those measured here. Where some reals cannot be read, their rows say fewer than are asked for."""
 
     def next(self) -> Path | None:
         """The newest checkpoint without a row of the same extractor, counts and set."""
@@ -119,7 +121,8 @@ class Watcher:
         wanted = (self.extractor.name, self.extractor.sha256, settings.num_fake, real, self.manifest.real_set)
         keys = ("extractor", "extractor_sha256", "num_fake", "num_real", "real_set")
         rows = read_rows(self.run / "metrics.jsonl")
-        done = {row["nimg"] for row in rows if tuple(row.get(key) for key in keys) == wanted} | self.passed_over
+        done = {row["nimg"] for row in rows if tuple(row.get(key) for key in keys) == wanted}
+        done |= self.measured | self.passed_over
         return next((path for path in numbered(self.run) if int(path.name) not in done), None)
 
     def measure(self, folder: Path) -> None:
@@ -135,6 +138,7 @@ class Watcher:
         folders = [Path(self.config.data.path) / "stats", self.run / "stats"]
         row = evaluate(self.config, self.manifest, generator, alpha, self.extractor, 0, 1, folders)
         append(self.run / "metrics.jsonl", {"nimg": nimg, **row})
+        self.measured.add(nimg)
         name = self.extractor.metric
         _say(f"{name} {row[name]} at {nimg / 1000:g} kimg, {row['resolution']}² (floor {row[f'{name}_floor']})")
 
