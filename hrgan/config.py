@@ -75,8 +75,7 @@ class LossConfig:
     """Adversarial loss and its penalty."""
 
     kind: Literal["wgan-gp", "logistic"] = "wgan-gp"
-    """wgan-gp: Wasserstein with gradient penalty and drift (Karras et al. 2018); logistic: non-saturating with exact
-    R1."""
+    """wgan-gp: Wasserstein with gradient penalty and drift (Karras et al. 2018); logistic: non-saturating with R1."""
     gp_lambda: float = 10.0
     """Weight of the WGAN-GP penalty."""
     gp_target: float = 1.0
@@ -87,6 +86,11 @@ class LossConfig:
     """Weight of R1 under logistic: gamma/2 * |grad D(real)|^2."""
     r1_every: int = 16
     """Steps between two R1 penalties; the penalty is weighted by this number and D's Adam is corrected for it."""
+    penalty: Literal["exact", "finite_difference"] = "exact"
+    """How R1 is computed: exact (double backward), or from the difference of D at noisy and clean images, which ZeRO-3
+    needs (losses.finite_difference_penalty has its bias and variance)."""
+    fd_sigma: float = 0.01
+    """Standard deviation of the noise of finite_difference, in units of pixels from -1 to 1."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +204,9 @@ class Config:
     """Showing."""
     seed: int = 0
     """Decides initial weights, the order of images and all noise."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """bf16 computes the convolutions under autocast; weights, Adam and EMA stay float32."""
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    """bf16 and fp16 compute the convolutions under autocast; weights, Adam and EMA stay float32. fp16 scales the loss
+    (for GPUs without bf16; not under DeepSpeed)."""
     deterministic: bool = False
     """On CUDA: only kernels that give the same bits each time (slower). The CPU always does."""
 
@@ -308,7 +313,7 @@ def topics() -> list[str]:
 
 def problems(config: Config) -> list[str]:
     """Every problem that the values have, one line each: field, value, reason, nearest valid value."""
-    return [*_size_problems(config), *_batch_problems(config), *_range_problems(config)]
+    return [*_size_problems(config), *_batch_problems(config), *_loss_problems(config), *_range_problems(config)]
 
 
 def _power_of_two(name: str, value: int, low: int) -> list[str]:
@@ -363,6 +368,15 @@ def _batch_problems(config: Config) -> list[str]:
     return found
 
 
+def _loss_problems(config: Config) -> list[str]:
+    if config.loss.penalty == "finite_difference" and config.loss.kind == "wgan-gp":
+        return [
+            "loss.penalty: finite_difference estimates the squared gradient norm, from which WGAN-GP's distance to "
+            "loss.gp_target does not follow; nearest: exact, or loss.kind logistic"
+        ]
+    return []
+
+
 _LEAST: dict[str, float] = {
     "data.workers": 0,
     "data.prefetch": 1,
@@ -393,6 +407,7 @@ _ABOVE_ZERO = (
     "optim.lr",
     "optim.lr_d",
     "optim.eps",
+    "loss.fd_sigma",
     "loss.gp_target",
     "schedule.total_kimg",
     "checkpoint.every_kimg",

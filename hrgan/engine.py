@@ -1,14 +1,17 @@
-"""Two networks on this machine: one process or DDP behind one face, through Accelerate.
+"""Two networks on this machine: one process, DDP or DeepSpeed's ZeRO behind one face, through Accelerate, as
+`accelerate launch` started the program.
 
-Which calls are right was measured before (DDP reduces gradients only for what went through its wrapper, once a
-backward): the adversarial term goes through `wrapped`, the penalty through `module`, both in one scalar with one
-backward; in the generator's step the discriminator is frozen and bare. Parameters, Adam and EMA are float32;
-precision is autocast inside the forward.
+Which calls are right was measured before. DDP reduces gradients only for what went through its wrapper, once a
+backward: the adversarial term goes through `wrapped`, the penalty through `module`, both in one scalar with one
+backward; in the generator's step the discriminator is frozen and bare. Under DeepSpeed all goes through the bare
+module, so `wrapped` is the module there. Parameters, Adam and EMA are float32; precision is autocast inside the
+forward.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,9 +24,11 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 from accelerate.utils import DistributedType, broadcast_object_list
 from torch import Tensor, nn
 
+from hrgan import zero
+from hrgan.adam import Adam, LossScale
 from hrgan.config import Config
-from hrgan.errors import HrganError, UserError, refused_by_system
-from hrgan.networks import make_discriminator, make_generator
+from hrgan.errors import Drifted, HrganError, UserError, refused_by_system
+from hrgan.networks import AUTOCAST, make_discriminator, make_generator
 from hrgan.schedule import Phase
 
 Tensors = dict[str, Tensor]
@@ -48,9 +53,10 @@ class Net:
     module: nn.Module
     """The bare network."""
     wrapped: nn.Module
-    """What reduces gradients over the processes."""
-    optimizer: Any
-    """Adam as Accelerate wrapped it."""
+    """What reduces gradients over the processes; under DeepSpeed the bare network."""
+    adam: Adam
+    deepspeed: Any = None
+    """DeepSpeed's engine for it; None without DeepSpeed."""
 
 
 class Engine:
@@ -59,33 +65,51 @@ class Engine:
     def __init__(self, config: Config) -> None:
         """Join the processes that `accelerate launch` started. UserError for a kind of launch that is not supported."""
         self.config = config
-        self.accelerator = Accelerator(
-            mixed_precision="no",
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                # Evaluations and saves hold the other processes in a collective for longer than the
-                # default of 10 minutes.
-                InitProcessGroupKwargs(timeout=timedelta(hours=2)),
-            ],
-        )
-        supported = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-        if self.accelerator.distributed_type not in supported:
-            raise UserError(
-                f"launch: {self.accelerator.distributed_type} is not supported; start with accelerate "
-                "launch --multi_gpu"
+        # Evaluations and saves hold the other processes in a collective for longer than the default of 10 minutes.
+        timeout = timedelta(hours=2)
+        if zero.asked_for():
+            plugins = zero.plugins(config)
+            # On CPUs DeepSpeed would else make a world of one of each process, silently.
+            group = InitProcessGroupKwargs(backend=None if torch.cuda.is_available() else "gloo", timeout=timeout)
+            # The second takes over the plugins of the first; each serves one network.
+            self.accelerator = Accelerator(deepspeed_plugins=plugins, kwargs_handlers=[group])
+            self.accelerators = {"generator": self.accelerator, "discriminator": Accelerator()}
+        else:
+            self.accelerator = Accelerator(
+                mixed_precision="no",
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                    InitProcessGroupKwargs(timeout=timeout),
+                ],
             )
+            self.accelerators = {"generator": self.accelerator, "discriminator": self.accelerator}
+        kind = self.accelerator.distributed_type
+        supported = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+        if kind not in (*supported, DistributedType.DEEPSPEED):
+            raise UserError(f"launch: {kind} is not supported; start with one of launch/*.yaml")
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
+        self.zero_stage: int | None = None
+        """Of DeepSpeed; None without it."""
+        if kind == DistributedType.DEEPSPEED:
+            self.zero_stage = self.accelerator.state.deepspeed_plugin.zero_stage
         if int(os.environ.get("WORLD_SIZE", self.world)) != self.world:
             raise UserError(
                 f"launch: WORLD_SIZE is {os.environ['WORLD_SIZE']} but Accelerate formed a world of {self.world}; "
-                "on CPUs start with ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N"
+                "on CPUs start with ACCELERATE_USE_CPU=true accelerate launch --config_file launch/cpu-2.yaml"
             )
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = not config.deterministic
             torch.use_deterministic_algorithms(config.deterministic)
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+    @property
+    def name(self) -> str:
+        """How the processes share the work: one process, DDP, ZeRO-1, ..."""
+        if self.zero_stage is not None:
+            return f"ZeRO-{self.zero_stage}"
+        return "DDP" if self.world > 1 else "one process"
 
     # Phases
 
@@ -95,76 +119,115 @@ class Engine:
         Growing takes what has the same name; exactly the new blocks keep the initial weights that (seed, name)
         decide. Adam is taken over where the phase goes on or does not reset it.
         """
-        self.accelerator.free_memory()
-        size, fading, bf16 = phase.resolution, phase.fading, self.config.precision == "bf16"
+        for accelerator in self.accelerators.values():
+            accelerator.free_memory()  # Else DeepSpeed's old engines go on taking the gradients.
+        size, fading, autocast = phase.resolution, phase.fading, AUTOCAST[self.config.precision]
         goes_on = state is not None and (state.resolution, state.fading) == (size, fading)
-        generator, ema = (make_generator(self.config, size, fading, bf16) for _ in range(2))
-        discriminator = make_discriminator(self.config, size, fading, bf16)
+        generator, ema = (make_generator(self.config, size, fading, autocast) for _ in range(2))
+        discriminator = make_discriminator(self.config, size, fading, autocast)
         if state is not None:
             for name, network in (("generator", generator), ("ema", ema), ("discriminator", discriminator)):
                 _load(network, state.parts[name], name, None if goes_on else size)
         self.phase = phase
         self.ema = ema.to(self.device, memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
         betas = (self.config.optim.beta1, self.config.optim.beta2)
-        self.generator = self._prepare(generator, phase.lr_g, betas)
+        self.generator = self._prepare("generator", generator, phase.lr_g, betas)
         ratio = d_correction(self.config)
-        self.discriminator = self._prepare(discriminator, phase.lr_d * ratio, (betas[0] ** ratio, betas[1] ** ratio))
-        if state is not None and (goes_on or not phase.resets_adam):
-            _load_adam(self.generator, state.parts["adam_generator"])
-            _load_adam(self.discriminator, state.parts["adam_discriminator"])
+        d_betas = (betas[0] ** ratio, betas[1] ** ratio)
+        self.discriminator = self._prepare("discriminator", discriminator, phase.lr_d * ratio, d_betas)
+        if state is not None:
+            for net, part in ((self.generator, "adam_generator"), (self.discriminator, "adam_discriminator")):
+                if goes_on or not phase.resets_adam:
+                    self._load_adam(net, state.parts[part])
+                net.adam.load_scale(state.parts[part])
 
-    def _prepare(self, module: nn.Module, lr: float, betas: tuple[float, float]) -> Net:
-        module = module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = torch.optim.Adam(module.parameters(), lr, betas, self.config.optim.eps, fused=True)
-        wrapped, optimizer = self.accelerator.prepare(module, optimizer)
-        return Net(module, wrapped, optimizer)
+    def _prepare(self, name: str, module: nn.Module, lr: float, betas: tuple[float, float]) -> Net:
+        scale = LossScale.first(self.device) if self.config.precision == "fp16" else None
+        adam = Adam(module.to(self.device).parameters(), lr, betas, self.config.optim.eps, self._any_process, scale)
+        if self.zero_stage is None:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # DeepSpeed takes no such weights
+            return Net(module, self.accelerator.prepare(module), adam)
+        self.accelerator.state.select_deepspeed_plugin(name)
+        engine, _ = self.accelerators[name].prepare(module, adam)
+        return Net(module, module, adam, engine)
+
+    def _any_process(self, flag: Tensor) -> Tensor:
+        """The maximum over the processes."""
+        if self.world > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return flag
+
+    def _load_adam(self, net: Net, tensors: Tensors) -> None:
+        if self.zero_stage:
+            zero.load_moments(net.deepspeed, net.module, net.adam, tensors)
+        else:
+            _load_adam(net, tensors)
 
     def state(self) -> State:
-        """The tensors as they are: references, not copies."""
+        """The tensors as they are, whole on every process: references where this process holds them whole, else
+        gathered. All processes must call it."""
         parts = {
-            "generator": _tensors(self.generator.module),
-            "discriminator": _tensors(self.discriminator.module),
+            "generator": self._weights(self.generator),
+            "discriminator": self._weights(self.discriminator),
             "ema": _tensors(self.ema),
-            "adam_generator": _adam_tensors(self.generator),
-            "adam_discriminator": _adam_tensors(self.discriminator),
+            "adam_generator": self._adam(self.generator),
+            "adam_discriminator": self._adam(self.discriminator),
         }
         return State(self.phase.resolution, self.phase.fading, parts)
+
+    def _weights(self, net: Net) -> Tensors:
+        if self.zero_stage != 3:
+            return _tensors(net.module)
+        with zero.whole(net.module):
+            return {name: tensor.clone() for name, tensor in _tensors(net.module).items()}
+
+    def _adam(self, net: Net) -> Tensors:
+        tensors = zero.moments(net.module, net.adam) if self.zero_stage else _adam_tensors(net)
+        return tensors | net.adam.scale_tensors()
+
+    def weights(self) -> dict[str, list[Tensor]]:
+        """Copies of the parameters of both networks. All processes must call it."""
+        nets = {"generator": self.generator, "discriminator": self.discriminator}
+        return {name: [tensor.clone() for tensor in self._weights(net).values()] for name, net in nets.items()}
 
     # Steps
 
     @contextmanager
     def micro_step(self, net: Net, last: bool) -> Iterator[None]:
-        """Forward and backward of one micro-batch; gradients are reduced over the processes in the last one only."""
-        with nullcontext() if last else self.accelerator.no_sync(net.wrapped):
+        """Forward and backward of one micro-batch; gradients are reduced over the processes in the last one only
+        (ZeRO-2 and 3 reduce them in each, because no process keeps them whole)."""
+        if net.deepspeed is not None:
+            zero.begin_micro_step(net.deepspeed, last)
+        with nullcontext() if last or net.deepspeed is not None else self.accelerator.no_sync(net.wrapped):
             yield
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a scalar. Once a micro-step."""
-        self.accelerator.backward(loss)
+    def backward(self, net: Net, loss: Tensor) -> None:
+        """Add the gradient of a scalar. Once a micro-step: DeepSpeed would drop the first of two, silently."""
+        if net.deepspeed is not None:
+            net.deepspeed.backward(loss)
+        else:
+            self.accelerator.backward(loss if net.adam.scale is None else (loss * net.adam.scale).sum())
 
     def update(self, net: Net, loss: Tensor) -> Tensor:
         """One Adam step, skipped on all processes if the loss or a gradient is non-finite on any. Returns a float32
         scalar: 1 if skipped.
 
-        Nothing is read back to the host: fused Adam takes the flag as a tensor on the device and leaves parameters
-        and moments alone.
+        Nothing is read back to the host, except by DeepSpeed.
         """
-        gradients = [p.grad for p in net.module.parameters() if p.grad is not None]
-        norm: Tensor = torch.stack(torch._foreach_norm(gradients)).norm()
-        skipped: Tensor = 1 - (loss.isfinite() & norm.isfinite()).float()
-        if self.world > 1:
-            dist.all_reduce(skipped, dist.ReduceOp.MAX)
-        adam = net.optimizer.optimizer
-        adam.found_inf = skipped
-        net.optimizer.step()
-        net.optimizer.zero_grad(set_to_none=True)
-        return skipped
+        net.adam.expect(loss)
+        if net.deepspeed is not None:
+            net.deepspeed.step()
+        else:
+            net.adam.step()
+            net.adam.zero_grad(set_to_none=True)
+        return net.adam.skipped
 
     def update_ema(self) -> None:
         """Move the EMA towards G by one step's share of the half-life."""
         half_life = self.config.optim.ema_kimg * 1000
         keep = 0.5 ** (self.phase.batch / half_life) if half_life else 0.0
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.module.parameters()), 1 - keep)
+        with zero.whole(self.generator.module) if self.zero_stage == 3 else nullcontext():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.module.parameters()), 1 - keep)
 
     # Processes
 
@@ -195,6 +258,26 @@ class Engine:
             raise outcome[1]
         result: Result = outcome[0]
         return result
+
+    def check_same(self, state: State) -> None:
+        """Drifted if a tensor of the state has other bits on some process than on most. All processes must call it."""
+        if self.world == 1:
+            return
+        names = [f"{part}/{name}" for part in PARTS for name in sorted(state.parts[part])]
+        tensors = [state.parts[part][name] for part in PARTS for name in sorted(state.parts[part])]
+        mine = torch.stack([_bit_sums(tensor).to(self.device) for tensor in tensors])
+        every = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(every, mine)
+        sums = torch.stack(every).cpu()  # (world, tensors, 2)
+        for index in (sums != sums[0]).any(2).any(0).nonzero().flatten().tolist():
+            of_rank = [tuple(row) for row in sums[:, index].tolist()]
+            usual = Counter(of_rank).most_common(1)[0][0]
+            odd = [str(rank) for rank, found in enumerate(of_rank) if found != usual]
+            raise Drifted(
+                f"rank {', '.join(odd)} of {self.world} has drifted: {names[index]} differs from the other "
+                "processes' bit for bit; nothing was saved, so the same command goes on from the checkpoint before; "
+                "if it happens again, test the memory and GPU of that rank"
+            )
 
     def close(self) -> None:
         """Leave the process group."""
@@ -229,16 +312,22 @@ def _tensors(module: nn.Module) -> Tensors:
 
 def _adam_tensors(net: Net) -> Tensors:
     """Adam's moments and step count as {parameter name}.{moment}; empty before the first step."""
-    state = net.optimizer.optimizer.state
+    state = net.adam.state
     return {
         f"{name}.{key}": value for name, p in net.module.named_parameters() for key, value in state.get(p, {}).items()
     }
 
 
 def _load_adam(net: Net, tensors: Tensors) -> None:
-    state = net.optimizer.optimizer.state
+    state = net.adam.state
     for name, parameter in net.module.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if f"{name}.{key}" in tensors:
                 like = parameter if key != "step" else torch.empty((), device=parameter.device)
                 state[parameter][key] = torch.empty_like(like, requires_grad=False).copy_(tensors[f"{name}.{key}"])
+
+
+def _bit_sums(tensor: Tensor) -> Tensor:
+    """Two 64-bit sums over a float32 tensor's bits, plain and by position: (2,) int64, equal for equal bits."""
+    bits = tensor.detach().contiguous().flatten().view(torch.int32).to(torch.int64)
+    return torch.stack([bits.sum(), (bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum()])

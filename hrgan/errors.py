@@ -47,6 +47,10 @@ class DataError(HrganError):
     exit_code = 4
 
 
+class Drifted(HrganError):
+    """Processes that must hold the same numbers do not: a fault of the machine or the program."""
+
+
 class Diverged(HrganError):
     """Training produced non-finite numbers too many times in a row; the last checkpoint is untouched."""
 

@@ -26,6 +26,16 @@ def draw(sampler: Callable[..., Tensor], shape: tuple[int, ...], *key: int | str
     return sampler(shape, generator=torch.Generator().manual_seed(keyed_seed(*key)))
 
 
+def pixel_noise(chunks: list[int], shape: tuple[int, ...], device: torch.device, *key: int | str) -> Tensor:
+    """(4 x chunks, *shape) from N(0, 1), drawn on the device (whole images are too many numbers for the CPU): each
+    chunk of four images by the key and its own number in the run, so that no other chunk or process matters."""
+    parts = []
+    for chunk in chunks:
+        generator = torch.Generator(device).manual_seed(keyed_seed(*key, chunk))
+        parts.append(torch.randn((CHUNK, *shape), generator=generator, device=device))
+    return torch.cat(parts)
+
+
 def latents(start: int, stop: int, length: int, *key: int | str) -> Tensor:
     """(stop - start, length) latents for images start .. stop - 1, each decided by the key and its own number alone."""
     rows = [draw(torch.randn, (length,), *key, index) for index in range(start, stop)]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hrgan import checkpoint, losses
 from hrgan.checkpoint import Progress
-from hrgan.config import Config, at, refuse, world_problems
+from hrgan.config import CHUNK, Config, at, refuse, world_problems
 from hrgan.data import manifest as shards
 from hrgan.data import stream
 from hrgan.data.manifest import Manifest
@@ -30,8 +30,9 @@ from hrgan.metrics.extractor import Extractor, make_extractor, settle_weights
 from hrgan.metrics.frechet import evaluate
 from hrgan.monitor.log import RunLog, eta, summary
 from hrgan.monitor.meter import Meter
+from hrgan.networks import full_precision
 from hrgan.networks.layers import downsample, upsample
-from hrgan.noise import draw, latents, local_rows
+from hrgan.noise import draw, latents, local_rows, pixel_noise
 from hrgan.pictures import grid_side, save_png, side_by_side, tile, to_float, to_uint8
 from hrgan.rundir import check_shards, open_run
 from hrgan.schedule import Due, Phase, Schedule, make_schedule, what_is_due
@@ -51,6 +52,8 @@ class Micro:
     """(n, latent) for G's step."""
     mix: Tensor
     """(n, 1, 1, 1) in [0, 1) for the penalty's points between real and fake."""
+    chunks: list[int]
+    """Number in the run of each four images."""
 
 
 def d_step(engine: Engine, config: Config, phase: Phase, micros: list[Micro], alpha: float, weight: float) -> Tensor:
@@ -64,7 +67,7 @@ def d_step(engine: Engine, config: Config, phase: Phase, micros: list[Micro], al
             real_logits, fake_logits = net.wrapped(torch.cat([micro.real, fake]), None, alpha).chunk(2)
             loss = adversarial_d(config, real_logits, fake_logits)
             penalty = penalise(engine, config, phase, micro, fake, alpha) if weight else torch.zeros_like(loss)
-            engine.backward((loss + weight * penalty) / len(micros))
+            engine.backward(net, (loss + weight * penalty) / len(micros))
         sums += torch.stack([loss + weight * penalty, real_logits.mean(), fake_logits.mean(), penalty]).detach() / len(
             micros
         )
@@ -82,7 +85,7 @@ def g_step(engine: Engine, config: Config, micros: list[Micro], alpha: float) ->
         with engine.micro_step(net, last=micro is micros[-1]):
             logits = critic(net.wrapped(micro.z_g, None, alpha), None, alpha)
             loss = losses.wasserstein_g(logits) if config.loss.kind == "wgan-gp" else losses.logistic_g(logits)
-            engine.backward(loss / len(micros))
+            engine.backward(net, loss / len(micros))
         total += loss.detach() / len(micros)
     critic.requires_grad_(True)
     return torch.stack([total, engine.update(net, total)])
@@ -97,16 +100,20 @@ def adversarial_d(config: Config, real_logits: Tensor, fake_logits: Tensor) -> T
 
 def penalise(engine: Engine, config: Config, phase: Phase, micro: Micro, fake: Tensor, alpha: float) -> Tensor:
     """The configured penalty through the bare D (see engine.py)."""
+    module, loss, scale = engine.discriminator.module, config.loss, engine.discriminator.adam.scale
 
     def critic(x: Tensor) -> Tensor:
-        logits: Tensor = engine.discriminator.module(x, None, alpha)
+        logits: Tensor = module(x, None, alpha)
         return logits
 
-    if config.loss.kind == "wgan-gp":
-        return losses.gradient_penalty(
-            critic, micro.real, fake, micro.mix, config.loss.gp_lambda, config.loss.gp_target
-        )
-    return losses.r1_penalty(critic, micro.real, at(config.loss.r1_gamma, phase.resolution))
+    if loss.kind == "wgan-gp":
+        return losses.gradient_penalty(critic, micro.real, fake, micro.mix, loss.gp_lambda, loss.gp_target, scale)
+    gamma = at(loss.r1_gamma, phase.resolution)
+    if loss.penalty == "exact":
+        return losses.r1_penalty(critic, micro.real, gamma, scale)
+    noise = pixel_noise(micro.chunks, micro.real.shape[1:], micro.real.device, config.seed, "penalty")
+    with full_precision(module):
+        return losses.finite_difference_penalty(critic, micro.real, noise, loss.fd_sigma, gamma)
 
 
 def penalty_weight(config: Config, step: int) -> float:
@@ -140,7 +147,9 @@ def prepare_step(engine: Engine, config: Config, phase: Phase, nimg: int, images
     length = config.network.latent
     inputs = (real, noise("z_d", length), noise("z_g", length), noise("mix", 1, 1, 1))
     size = micro_size(config, phase.resolution, len(rows))
-    return [Micro(*part) for part in zip(*(torch.split(tensor, size) for tensor in inputs), strict=True)]
+    chunks = torch.split((nimg + rows[::CHUNK]) // CHUNK, size // CHUNK)
+    parts = zip(*(torch.split(tensor, size) for tensor in inputs), chunks, strict=True)
+    return [Micro(real, z_d, z_g, mix, numbers.tolist()) for real, z_d, z_g, mix, numbers in parts]
 
 
 # The run
@@ -225,7 +234,7 @@ def train(config: Config, folder: Path) -> None:
             run.say(
                 f"{'going on' if saved else 'starting'} at {progress.nimg / 1000:g} kimg in {folder}: "
                 f"{manifest.num_samples:,} images, "
-                f"{engine.world} x {engine.device.type}, {config.precision}, {extractor.metric}"
+                f"{engine.world} x {engine.device.type} ({engine.name}), {config.precision}, {extractor.metric}"
             )
             with stop_on_signals(run):
                 run_phases(run, saved.state if saved else None)
@@ -246,7 +255,7 @@ def run_phases(run: Run, state: State | None) -> None:
         part = "fading in" if phase.fading else "stable"
         place = f"phase {phase.index + 1}/{len(schedule.phases)}"
         run.say(f"{place}: {phase.resolution}² {part}, batch {phase.batch}, to {phase.nimg_to / 1000:g} kimg")
-        reals, unmoved = open_reals(config, engine, run.manifest, phase, nimg), copies(engine)
+        reals, unmoved = open_reals(config, engine, run.manifest, phase, nimg), engine.weights()
         meter.restart()
         while nimg < phase.nimg_to:
             # One step
@@ -294,27 +303,18 @@ def open_reals(config: Config, engine: Engine, manifest: Manifest, phase: Phase,
     )
 
 
-def copies(engine: Engine) -> dict[str, list[Tensor]]:
-    """The parameters of both networks as they are now."""
-    nets = {"generator": engine.generator, "discriminator": engine.discriminator}
-    return {name: [parameter.detach().clone() for parameter in net.module.parameters()] for name, net in nets.items()}
-
-
 def check_moved(
     engine: Engine, unmoved: dict[str, list[Tensor]], d_values: Tensor, g_values: Tensor
 ) -> dict[str, list[Tensor]]:
     """Fail if a step that was not skipped left a network as it was (a wrapper that trains nothing does so silently).
     What is left to check."""
-    left = {}
-    for name, net, skipped in (
-        ("generator", engine.generator, g_values[-1]),
-        ("discriminator", engine.discriminator, d_values[-1]),
-    ):
+    left, now = {}, engine.weights()
+    for name, skipped in (("generator", g_values[-1]), ("discriminator", d_values[-1])):
         if name not in unmoved:
             continue
         if skipped:
             left[name] = unmoved[name]
-        elif all(torch.equal(a, b) for a, b in zip(unmoved[name], net.module.parameters(), strict=True)):
+        elif all(torch.equal(a, b) for a, b in zip(unmoved[name], now[name], strict=True)):
             raise RuntimeError(
                 f"the {name} did not move in the first step of a phase: its optimizer does not hold its parameters"
             )
@@ -447,6 +447,7 @@ def measure(run: Run, phase: Phase, nimg: int) -> None:
 def save(run: Run) -> None:
     """Write the checkpoint of this moment, point `best` at the best, and prune."""
     state, progress, config = run.engine.state(), run.progress, run.config
+    run.engine.check_same(state)
 
     def write() -> None:
         checkpoint.save(run.folder, state, progress, config, run.manifest.real_set)

@@ -67,17 +67,33 @@ class Children:
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["hrgan.train", "hrgan.cli", "hrgan.apps.generate"])
+        os.environ["DS_ACCELERATOR"] = "cpu"  # Read when deepspeed is imported.
+        self.context.set_forkserver_preload(["hrgan.train", "hrgan.cli", "hrgan.apps.generate", "deepspeed"])
 
-    def run(self, output: Path, target: Callable[..., Any], *arguments: Any, world: int = 1) -> tuple[int, str]:
-        """(exit code of the first process, or -9 if killed; what they printed)."""
+    def run(
+        self,
+        output: Path,
+        target: Callable[..., Any],
+        *arguments: Any,
+        world: int = 1,
+        zero: int | None = None,
+        **more: str,
+    ) -> tuple[int, str]:
+        """(exit code of the first process, or -9 if killed; what they printed). zero: DeepSpeed's stage, as a launch
+        for DeepSpeed would set it; more: variables of the environment."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         children = []
         for rank in range(world):
             environment = {"ACCELERATE_USE_CPU": "true"}
-            if world > 1:
+            if zero is not None:
+                environment = {
+                    "ACCELERATE_USE_DEEPSPEED": "true",
+                    "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero),
+                    "DS_ACCELERATOR": "cpu",
+                }
+            if world > 1 or zero is not None:
                 environment |= {
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
@@ -86,6 +102,7 @@ class Children:
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                 }
+            environment |= more
             child = self.context.Process(target=_child, args=(target, arguments, environment, str(output)))
             child.start()
             children.append(child)

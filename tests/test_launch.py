@@ -62,6 +62,8 @@ def test_imports_point_down_only() -> None:
         {"errors"},
         {"config"},
         {"schedule", "losses", "networks", "noise", "pictures"},
+        {"adam"},
+        {"zero"},
         {"engine", "data", "monitor", "metrics"},
         {"checkpoint"},
         {"rundir"},

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from hrgan import losses
+from hrgan.config import Config, NetworkConfig
+from hrgan.networks import make_discriminator
 
 torch.manual_seed(0)
 W = torch.randn(3 * 4 * 4, dtype=torch.float64)
@@ -65,3 +68,64 @@ def test_r1_of_a_linear_and_of_a_quadratic_critic() -> None:
     critic = lambda x: scale * x.square().flatten(1).sum(1, keepdim=True) / 2  # noqa: E731  grad D(x) = scale x
     losses.r1_penalty(critic, REAL, gamma=3.0).backward()
     torch.testing.assert_close(scale.grad, 3 * scale.detach() * REAL.square().flatten(1).sum(1).mean())
+
+
+def test_a_scaled_inner_gradient_is_the_same_and_survives_half_precision() -> None:
+    weight = W.clone().requires_grad_(True)
+    scale = torch.tensor([1024.0], dtype=torch.float64)
+    torch.testing.assert_close(losses.r1_penalty(linear(weight), REAL, 3.0, scale), 3 / 2 * W.square().sum())
+    small = (1e-9 * W).float()
+
+    def in_half(x: torch.Tensor) -> torch.Tensor:  # Its gradient rounds to zero in float16.
+        return (x.half().flatten(1) @ torch.ones(48, 1).half()).float() * small.norm()
+
+    expected = 48 * small.norm().square() / 2
+    assert losses.r1_penalty(in_half, REAL.float(), 1.0) == 0
+    found = losses.r1_penalty(in_half, REAL.float(), 1.0, torch.tensor([2.0**16]))
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+
+
+def test_finite_differences_of_a_linear_critic_estimate_r1_without_bias_and_with_the_stated_variance() -> None:
+    """Its gradient norm is |w| everywhere and its Hessian 0: bias 0, variance of one image's term 2 |w|^4."""
+    images = torch.randn(20_000, 3, 4, 4, dtype=torch.float64)
+    noise = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weight = W.clone().requires_grad_(True)
+    exact = 3 / 2 * W.square().sum()
+    penalty = losses.finite_difference_penalty(linear(weight), images, noise, 0.01, gamma=3.0)
+    deviation = exact * (2 / len(images)) ** 0.5
+    assert abs(penalty - exact) < 3 * deviation
+    single = [
+        losses.finite_difference_penalty(linear(W), images[i : i + 1], noise[i : i + 1], 0.01, 3.0) for i in range(4000)
+    ]
+    assert torch.stack(single).std().item() == pytest.approx((2**0.5 * exact).item(), rel=0.1)
+    penalty.backward()  # The gradient of R1 is gamma w; each component's deviation is at most gamma |w| (3 / N)^0.5.
+    assert (weight.grad - 3 * W).norm() < 3 * W.norm() * (50 / len(images)) ** 0.5 * 2
+
+
+def test_the_bias_of_finite_differences_is_as_stated_and_falls_with_sigma_squared() -> None:
+    """D(x) = s |x|^2 / 2: gradient s x, Hessian s I, so the bias of one term is s^2 sigma^2 / 4 (2 n + n^2)."""
+    s, n, count = 0.7, 48, 400_000
+    image = REAL[:1].expand(count, -1, -1, -1)
+    noise = torch.randn(image.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    exact = (s**2 * REAL[0].square().sum()).item()
+    for sigma in (0.2, 0.4):
+        critic = lambda x: s * x.square().flatten(1).sum(1, keepdim=True) / 2  # noqa: E731
+        found = 2 * losses.finite_difference_penalty(critic, image, noise, sigma, 1.0).item()
+        stated = s**2 * sigma**2 / 4 * (2 * n + n**2)
+        assert found - exact == pytest.approx(stated, rel=0.05), sigma
+
+
+def test_finite_differences_approach_exact_r1_on_a_network() -> None:
+    config = Config(network=NetworkConfig(resolution=8, latent=8, widths=[8, 8]))
+    network = make_discriminator(config, 8, False, None).double()
+    critic = lambda x: network(x, None, 1.0)  # noqa: E731
+    real = torch.randn(4, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    images = real.repeat(500, 1, 1, 1)
+    noise = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    x = real.clone().requires_grad_(True)
+    logits = critic(x)
+    jacobian = [torch.autograd.grad(logits[i, 0], x, retain_graph=True)[0] for i in range(4)]
+    expected = sum(rows.square().sum() for rows in jacobian).item() / 4  # With what minibatch stddev mixes.
+    found = 2 * losses.finite_difference_penalty(critic, images, noise, 0.01, 1.0).item()
+    assert found == pytest.approx(expected, rel=3 * (2 / 2000) ** 0.5)
+    assert expected == pytest.approx(2 * losses.r1_penalty(critic, real, 1.0).item(), rel=0.2)

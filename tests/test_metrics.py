@@ -60,7 +60,7 @@ def measured(shards: str, weights: str, out: str) -> int:
 
     config = small(Path(shards))
     engine = Engine(config)
-    generator = make_generator(config, 16, False, False)
+    generator = make_generator(config, 16, False, None)
     manifest = manifests.load(Path(shards))
     row = evaluate(config, manifest, generator, 1.0, make_extractor(Path(weights), CPU), engine.rank, engine.world, [])
     if engine.rank == 0:
@@ -78,7 +78,7 @@ def test_fid_equals_torch_fidelity_s_own_on_one_and_on_two_processes(
     config = small(shards)
     z = latents(0, 70, 8, config.seed, "eval")
     with torch.no_grad():
-        fakes = to_uint8(make_generator(config, 16, False, False)(z, None, 1.0))
+        fakes = to_uint8(make_generator(config, 16, False, None)(z, None, 1.0))
     reals = torch.cat([batch.images for batch in read_range(shards, manifests.load(shards), 16, 0, 96)])
 
     class Pictures(torch.utils.data.Dataset[torch.Tensor]):
@@ -127,7 +127,7 @@ def test_the_distance_of_two_gaussians_is_the_closed_form() -> None:
 
 def test_without_inception_the_number_is_never_called_fid(shards: Path) -> None:
     config = small(shards, extractor="random")
-    generator = make_generator(config, 16, False, False)
+    generator = make_generator(config, 16, False, None)
     extractor = make_extractor(settle_weights(config.eval, print), CPU)
     row = evaluate(config, manifests.load(shards), generator, 1.0, extractor, 0, 1, [])
     assert "fid" not in row
@@ -145,7 +145,7 @@ def test_the_random_extractor_is_the_same_network_everywhere() -> None:
 
 def test_evaluation_leaves_the_training_mode_and_the_random_state(shards: Path) -> None:
     config = small(shards, extractor="random")
-    generator = make_generator(config, 16, False, False).train()
+    generator = make_generator(config, 16, False, None).train()
     state = torch.get_rng_state()
     evaluate(config, manifests.load(shards), generator, 1.0, make_extractor(None, CPU), 0, 1, [])
     assert generator.training
@@ -154,7 +154,7 @@ def test_evaluation_leaves_the_training_mode_and_the_random_state(shards: Path) 
 
 def test_a_broken_generator_gets_no_number(shards: Path) -> None:
     config = small(shards, extractor="random")
-    generator = make_generator(config, 16, False, False)
+    generator = make_generator(config, 16, False, None)
     with torch.no_grad():
         generator.to_rgb["16"].bias.fill_(float("nan"))
     extractor = make_extractor(None, CPU)
@@ -219,7 +219,7 @@ def test_a_real_sample_that_cannot_be_read_is_left_out_counted_and_not_cached(
     content[600] ^= 1  # In the first picture: the first header takes 512 bytes.
     tar.write_bytes(content)
     config, manifest = small(copy, extractor="random"), manifests.load(copy)
-    generator, extractor = make_generator(config, 16, False, False), make_extractor(None, CPU)
+    generator, extractor = make_generator(config, 16, False, None), make_extractor(None, CPU)
     row = evaluate(config, manifest, generator, 1.0, extractor, 0, 1, [tmp_path / "cache"])
     assert row["num_real"] == 95
     assert "sample 000000000: crc32 is" in capsys.readouterr().err

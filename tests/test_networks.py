@@ -76,14 +76,14 @@ def test_minibatch_stddev_is_the_mean_deviation_over_each_chunk_of_four() -> Non
 
 def test_fades_blend_rgb_in_g_and_features_in_d() -> None:
     z, x = torch.randn(4, 8), torch.randn(4, 3, 16, 16)
-    old_g, new_g = make_generator(SMALL, 8, False, False), make_generator(SMALL, 16, True, False)
-    old_d, new_d = make_discriminator(SMALL, 8, False, False), make_discriminator(SMALL, 16, True, False)
+    old_g, new_g = make_generator(SMALL, 8, False, None), make_generator(SMALL, 16, True, None)
+    old_d, new_d = make_discriminator(SMALL, 8, False, None), make_discriminator(SMALL, 16, True, None)
     # At alpha 0 the grown networks compute what the ones before them did.
     torch.testing.assert_close(new_g(z, None, 0.0), L.upsample(old_g(z, None, 1.0)))
     torch.testing.assert_close(new_d(x, None, 0.0), old_d(L.downsample(x), None, 1.0))
     # At alpha 1 they compute what the stable networks after them do.
-    torch.testing.assert_close(new_g(z, None, 1.0), make_generator(SMALL, 16, False, False)(z, None, 1.0))
-    torch.testing.assert_close(new_d(x, None, 1.0), make_discriminator(SMALL, 16, False, False)(x, None, 1.0))
+    torch.testing.assert_close(new_g(z, None, 1.0), make_generator(SMALL, 16, False, None)(z, None, 1.0))
+    torch.testing.assert_close(new_d(x, None, 1.0), make_discriminator(SMALL, 16, False, None)(x, None, 1.0))
     # Between, G's image is linear in alpha.
     half = (new_g(z, None, 0.0) + new_g(z, None, 1.0)) / 2
     torch.testing.assert_close(new_g(z, None, 0.5), half)
@@ -98,7 +98,7 @@ def test_growing_adds_exactly_the_new_block_s_keys() -> None:
 
 def test_shapes_ranges_and_initial_scale() -> None:
     config = Config(network=NetworkConfig(resolution=32, channels=1))
-    g, d = make_generator(config, 32, False, False), make_discriminator(config, 32, False, False)
+    g, d = make_generator(config, 32, False, None), make_discriminator(config, 32, False, None)
     images = g(torch.randn(8, 512), None, 1.0)
     assert images.shape == (8, 1, 32, 32)
     assert images.dtype == torch.float32
@@ -109,7 +109,7 @@ def test_shapes_ranges_and_initial_scale() -> None:
 def test_bf16_computes_nearly_the_same_in_float32_out() -> None:
     config = Config(network=NetworkConfig(resolution=32, latent=64, widths=[64, 64, 64, 64]))
     z = torch.randn(4, 64)
-    full, half = (make_generator(config, 32, False, bf16)(z, None, 1.0) for bf16 in (False, True))
+    full, half = (make_generator(config, 32, False, kind)(z, None, 1.0) for kind in (None, torch.bfloat16))
     assert half.dtype == torch.float32
     error = (full - half).square().mean().sqrt() / full.square().mean().sqrt()
     assert 1e-4 < error < 0.03  # Some rounding, so that it is known to have been on; bf16 has 8 bits.

@@ -97,10 +97,10 @@ def test_lazy_regularisation_corrects_d_s_adam() -> None:
     )
     assert d_correction(config) == 16 / 17
     engine = stepper(config)(112)
-    group = engine.discriminator.optimizer.optimizer.param_groups[0]
+    group = engine.discriminator.adam.param_groups[0]
     assert group["lr"] == 0.01 * 16 / 17
     assert group["betas"] == (0.5 ** (16 / 17), 0.99 ** (16 / 17))
-    assert engine.generator.optimizer.optimizer.param_groups[0]["lr"] == 0.01
+    assert engine.generator.adam.param_groups[0]["lr"] == 0.01
     assert [penalty_weight(config, n) for n in (0, 1, 15, 16)] == [16, 0, 0, 16]
 
 

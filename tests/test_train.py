@@ -299,8 +299,8 @@ def initial_tensors(config: Config) -> dict[str, torch.Tensor]:
     from hrgan.networks import make_discriminator, make_generator
 
     networks = {
-        "generator": make_generator(config, 16, False, False),
-        "discriminator": make_discriminator(config, 16, False, False),
+        "generator": make_generator(config, 16, False, None),
+        "discriminator": make_discriminator(config, 16, False, None),
     }
     networks["ema"] = networks["generator"]
     return {
@@ -454,10 +454,10 @@ def frozen(config: str, run: str) -> int:
 
     original = Engine._prepare
 
-    def _prepare(self: Engine, module: torch.nn.Module, *arguments: Any) -> Any:
-        net = original(self, module, *arguments)
-        if "logit.weight" in dict(module.named_parameters()):
-            net.optimizer.step = lambda: None
+    def _prepare(self: Engine, name: str, *arguments: Any) -> Any:
+        net = original(self, name, *arguments)
+        if name == "discriminator":
+            net.adam.step = lambda: setattr(net.adam, "skipped", torch.zeros(()))
         return net
 
     Engine._prepare = _prepare

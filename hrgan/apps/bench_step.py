@@ -90,8 +90,8 @@ def _measure(engine: Engine, config: Config, phase: Phase, seconds: float) -> Ro
 
     def penalty_alone() -> None:
         for micro in micros:
-            engine.backward(penalise(engine, config, phase, micro, micro.real.flip(0), 1.0))
-        engine.discriminator.optimizer.zero_grad(set_to_none=True)
+            engine.backward(engine.discriminator, penalise(engine, config, phase, micro, micro.real.flip(0), 1.0))
+        engine.discriminator.adam.zero_grad(set_to_none=True)
 
     step = _seconds_of(whole, engine, seconds)
     each = {

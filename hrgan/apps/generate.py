@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hrgan.checkpoint import find, load
 from hrgan.config import Config
 from hrgan.errors import UserError
-from hrgan.networks import make_generator
+from hrgan.networks import AUTOCAST, make_generator
 from hrgan.noise import latents
 from hrgan.pictures import grid_side, save_png, tile, to_uint8
 from hrgan.schedule import make_schedule
@@ -30,7 +30,10 @@ def load_generator(
     part = "ema" if ema else "generator"
     saved = load(find(target), parts=(part,))
     network = make_generator(
-        saved.config, saved.state.resolution, saved.state.fading, as_trained and saved.config.precision == "bf16"
+        saved.config,
+        saved.state.resolution,
+        saved.state.fading,
+        AUTOCAST[saved.config.precision] if as_trained else None,
     )
     network.load_state_dict(saved.state.parts[part])
     network.eval().requires_grad_(False).to(device)

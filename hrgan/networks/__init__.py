@@ -3,8 +3,11 @@ fading or stable."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from hrgan.config import Config
@@ -14,15 +17,30 @@ from hrgan.networks.layers import initialise
 FAMILIES: dict[str, Any] = {"progan": progan}
 
 
-def make_generator(config: Config, resolution: int, fading: bool, bf16: bool) -> nn.Module:
-    """A generator with the initial weights that (seed, parameter name) decide; bf16 computes under autocast."""
-    network: nn.Module = FAMILIES[config.network.family].Generator(config.network, resolution, fading, bf16)
+AUTOCAST: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Of each config.precision."""
+
+
+def make_generator(config: Config, resolution: int, fading: bool, autocast: torch.dtype | None) -> nn.Module:
+    """A generator with the initial weights that (seed, parameter name) decide; autocast: None computes in float32."""
+    network: nn.Module = FAMILIES[config.network.family].Generator(config.network, resolution, fading, autocast)
     initialise(network, config.seed, "generator")
     return network
 
 
-def make_discriminator(config: Config, resolution: int, fading: bool, bf16: bool) -> nn.Module:
-    """A discriminator with the initial weights that (seed, parameter name) decide; bf16 computes under autocast."""
-    network: nn.Module = FAMILIES[config.network.family].Discriminator(config.network, resolution, fading, bf16)
+def make_discriminator(config: Config, resolution: int, fading: bool, autocast: torch.dtype | None) -> nn.Module:
+    """A discriminator with the initial weights that (seed, parameter name) decide; autocast: None computes in
+    float32."""
+    network: nn.Module = FAMILIES[config.network.family].Discriminator(config.network, resolution, fading, autocast)
     initialise(network, config.seed, "discriminator")
     return network
+
+
+@contextmanager
+def full_precision(network: nn.Module) -> Iterator[None]:
+    """In here a network of a family computes in float32, whatever it was built for."""
+    before, network.autocast = network.autocast, None  # type: ignore[assignment]  # nn.Module types every attribute
+    try:
+        yield
+    finally:
+        network.autocast = before

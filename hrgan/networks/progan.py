@@ -43,9 +43,11 @@ def rgb_sizes(resolution: int, fading: bool) -> list[int]:
 class Generator(nn.Module):
     """z: (N, latent) float32 from N(0, 1) -> (N, channels, R, R) float32, about [-1, 1]."""
 
-    def __init__(self, config: NetworkConfig, resolution: int, fading: bool, bf16: bool = False) -> None:
+    def __init__(
+        self, config: NetworkConfig, resolution: int, fading: bool, autocast: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        self.resolution, self.fading, self.bf16 = resolution, fading, bf16
+        self.resolution, self.fading, self.autocast = resolution, fading, autocast
         first = width(config, 4)
         # The gain of the first layer is sqrt(2)/4 in the authors' code.
         self.dense = ScaledLinear(config.latent, first * 16, gain=HE_GAIN / 4, bias=False)
@@ -70,7 +72,7 @@ class Generator(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
         """Images. `alpha` in [0, 1] is the weight of the new resolution in a fade; `labels` is None (unconditional)."""
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(z.device.type, self.autocast, enabled=self.autocast is not None):
             x = self.dense(pixel_norm(z)).view(len(z), -1, 4, 4) + self.dense_bias.view(1, -1, 1, 1)  # (N, C, 4, 4)
             x = pixel_norm(lrelu(x.contiguous(memory_format=torch.channels_last)))
             old = x
@@ -88,9 +90,11 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """x: (N, channels, R, R) float32 in [-1, 1], N a multiple of 4 -> logits (N, 1) float32."""
 
-    def __init__(self, config: NetworkConfig, resolution: int, fading: bool, bf16: bool = False) -> None:
+    def __init__(
+        self, config: NetworkConfig, resolution: int, fading: bool, autocast: torch.dtype | None = None
+    ) -> None:
         super().__init__()
-        self.resolution, self.fading, self.bf16 = resolution, fading, bf16
+        self.resolution, self.fading, self.autocast = resolution, fading, autocast
         self.from_rgb = nn.ModuleDict(
             {str(size): ScaledConv(config.channels, width(config, size), 1) for size in rgb_sizes(resolution, fading)}
         )
@@ -107,7 +111,7 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
         """Logits, higher is more real. `alpha` as in the generator; `labels` is None (unconditional)."""
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             image = x.contiguous(memory_format=torch.channels_last)
             x = lrelu(self.from_rgb[str(self.resolution)](image))  # (N, C, R, R)
             for size, block in self.blocks.items():
