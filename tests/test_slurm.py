@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from tests.conftest import TINY
+from hrgan.cli import COMMANDS
+from tests.conftest import TINY, cli
 from tests.slurm_cluster import Cluster, lacking
 from tests.test_train import assert_same_bits, records
 
@@ -24,7 +26,7 @@ SITE = """
 SBATCH_ALL=() SBATCH_TRAIN=(--time=10) SBATCH_EVAL=(--time=10) SBATCH_DATA=(--time=10)
 PROCESSES_PER_NODE=1 LAUNCH= CONTAINER=(env "NOTE=a b") MARGIN_SECONDS={margin} CHAIN={chain} MAX_ATTEMPTS={attempts}
 site_setup() {{
-    export PATH={bin}:$PATH PYTHONPATH={place} ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1
+    export PATH={bin}:$PATH PYTHONPATH={place} OMP_NUM_THREADS=1 {cpu}
 }}
 """
 PACE = """
@@ -55,11 +57,19 @@ class Place:
     cluster: Cluster
     folder: Path
 
-    def submit(self, kind: str, *words: str | Path, chain: str = "requeue", attempts: int = 4, margin: int = 30) -> str:
+    def submit(
+        self,
+        kind: str,
+        *words: str | Path,
+        chain: str = "requeue",
+        attempts: int = 4,
+        margin: int = 30,
+        cpu: str = "ACCELERATE_USE_CPU=true",
+    ) -> str:
         """slurm/submit; the number of the job."""
-        site = self.folder / f"site {chain} {attempts} {margin}.sh"
+        site = self.folder / f"site {chain} {attempts} {margin} {cpu}.sh"
         here, place = shlex.quote(str(Path(sys.executable).parent)), shlex.quote(str(self.folder))
-        site.write_text(SITE.format(bin=here, place=place, chain=chain, attempts=attempts, margin=margin))
+        site.write_text(SITE.format(bin=here, place=place, chain=chain, attempts=attempts, margin=margin, cpu=cpu))
         environment = {**self.cluster.environment, "HRGAN_SITE": str(site)}
         command = [ROOT / "slurm" / "submit", kind, *words]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
@@ -145,11 +155,20 @@ def finished(place: Place) -> Path:
 
 def test_two_nodes_train_as_one_world(place: Place, finished: Path) -> None:
     assert (finished / "FINISHED").read_text() == "160\n", said(finished)
-    assert "96 images, 2 x cpu" in said(finished)
+    assert "96 images, 2 x cpu (DDP)" in said(finished)
     assert said(finished).count("attempt 1 of 4: finished") == 1
     assert place.cluster.job("1")["JobState"] == "COMPLETED"
     assert place.cluster.job("1")["NumNodes"] == "2"
     assert [row["nimg"] for row in records(finished, "log.jsonl")] == list(range(16, 161, 16))
+
+
+def test_two_nodes_train_with_the_engine_of_a_launch_file(place: Place, finished: Path) -> None:
+    run = place.folder / "zero"
+    job = place.train(run, "--nodes=2", "--launch", "nodes-zero2", cpu="DS_ACCELERATOR=cpu")
+    assert place.ended(job) == ("COMPLETED", "0:0"), said(run)
+    assert "2 x cpu (ZeRO-2)" in said(run)
+    zero, ddp = ([row["loss_d"] for row in records(folder, "log.jsonl")] for folder in (run, finished))
+    assert zero == pytest.approx(ddp, rel=1e-3)
 
 
 def test_the_time_limit_saves_and_the_requeued_job_ends_with_the_same_bits(place: Place, finished: Path) -> None:
@@ -310,6 +329,23 @@ def test_an_evaluation_follows_a_training_as_its_own_job(place: Place) -> None:
     assert sorted(row["nimg"] for row in records(run, "metrics.jsonl")) == list(range(16, 161, 16))
     assert "SIGUSR1: stopped following" in said(run)
     assert "finished and measured; checkpoints passed over: 0" in said(run)
+
+
+@pytest.mark.skipif("data merge" not in COMMANDS, reason="shards cannot be built in parts yet")
+def test_an_array_of_jobs_builds_the_set_that_one_build_would(place: Place) -> None:
+    source, alone, parts = (place.folder / name for name in ("the pictures", "one build", "three parts"))
+    source.mkdir()
+    for number in range(20):
+        Image.effect_noise((40, 40), 10 + number).save(source / f"{number}.png")
+    words = ("--resolution", "32", "--shard-samples", "8", "--max-skipped", "0.5")
+    (source / "broken.png").write_bytes(b"no picture")
+    assert cli("data", "build", source, alone, *words, "--workers", "1") == 0
+    merge = place.submit("data", "--parts=3", "--", source, parts, *words)
+    place.cluster.wait(lambda: place.cluster.job(merge)["JobState"] == "COMPLETED", 90, "the merge")
+    assert cli("data", "check", parts) == 0
+    a, b = ({path.relative_to(out): path.read_bytes() for path in out.rglob("*.*")} for out in (alone, parts))
+    assert a == b
+    assert len(list((place.folder / "three parts-slurm").glob("hrgan-part-*-[123].log"))) == 3
 
 
 REFUSED = {
