@@ -25,9 +25,12 @@ import torch
 from hrgan.config import Config, from_dict
 from hrgan.engine import PARTS, State
 from hrgan.errors import REFUSALS, UserError
+from hrgan.watch import beat
 
 FORMAT = 1
 """Version of the checkpoint and of the run directory."""
+PIECE = 2**23
+"""Bytes written or read at once."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Progress:
     """Its value; lower is better."""
     best_name: str | None = None
     """What it is a value of: metric, extractor's sha256 and resolution. Others are not compared with it."""
+    rollbacks: int = 0
+    """Times that the run went back to a checkpoint because it diverged."""
+    lr_scale: float = 1.0
+    """What these multiplied both learning rates by."""
 
 
 # Writing
@@ -80,10 +87,11 @@ def save(run: Path, state: State, progress: Progress, config: Config, real_set: 
         write_durably(partial / "manifest.json", json.dumps(hashes, indent=1).encode())
         fsync_folder(partial)
         if final.exists():  # Only ever one that did not verify, or the same moment once more.
-            shutil.rmtree(final)
+            final.rename(folder / f".writing-{progress.nimg}-before")
         partial.rename(final)
         fsync_folder(folder)
         point(run, "latest", progress.nimg)
+        shutil.rmtree(folder / f".writing-{progress.nimg}-before", ignore_errors=True)
     return final
 
 
@@ -96,12 +104,18 @@ def point(run: Path, name: str, nimg: int) -> None:
 
 
 def write_durably(path: Path, content: bytes) -> str:
-    """Write and fsync a file; its sha256."""
+    """Write and fsync a file; its sha256. In pieces, each to the disk before the next, so that a slow disk shows as
+    progress (watch.py)."""
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return hashlib.sha256(content).hexdigest()
+        for start in range(0, max(1, len(content)), PIECE):
+            piece = content[start : start + PIECE]
+            file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+            digest.update(piece)
+            beat()
+    return digest.hexdigest()
 
 
 def fsync_folder(folder: Path) -> None:
@@ -167,8 +181,7 @@ def fault(folder: Path) -> str | None:
     try:
         hashes = json.loads((folder / "manifest.json").read_text())
         for name, expected in hashes.items():
-            with (folder / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = _sha256(folder / name)
             if found != expected:
                 return f"{name} is altered (sha256 {found[:12]}, expected {expected[:12]})"
         version = json.loads((folder / "state.json").read_text())["format"]
@@ -177,6 +190,15 @@ def fault(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, AttributeError) as error:
         return f"cannot be read ({error})"
     return None if version == FORMAT else f"has format {version}, this hrgan reads {FORMAT}"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            beat()
+    return digest.hexdigest()
 
 
 def newest(run: Path, say: Callable[[str], None]) -> Path | None:

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from hrgan.config import Config, leaves, problems, read_yaml, refuse, to_yaml, topics, unknown_key, wrong_type
+from hrgan.checks import problems
+from hrgan.config import Config, leaves, read_yaml, refuse, to_yaml, topics, unknown_key, wrong_type
 from hrgan.errors import DataError, HrganError, Stopped, UserError, refused_by_system
 
 # Commands

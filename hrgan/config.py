@@ -7,7 +7,6 @@ name takes the entry of the next lower one (see `at`).
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -111,7 +110,14 @@ class OptimConfig:
     """Half-life of the generator's moving average in thousands of images (22.2 is ProGAN's 0.999 a step at batch 32).
     """
     max_skipped: int = 20
-    """Steps in a row that may be skipped for non-finite numbers before the run stops with exit code 5."""
+    """Steps in a row that may be skipped for non-finite numbers before the run counts as diverged."""
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """stop: end with exit code 5; rollback: go back to the newest checkpoint and on from there with lower learning
+    rates."""
+    max_rollbacks: int = 3
+    """Rollbacks of a run before it ends with exit code 5 after all."""
+    rollback_lr: float = 0.5
+    """What each rollback multiplies both learning rates by."""
 
 
 @dataclass(frozen=True)
@@ -169,11 +175,24 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class LimitsConfig:
+    """When a run stops by itself."""
+
+    hours: float | None = None
+    """Wall-clock hours from the launch after which it saves and exits with code 3; None: no limit. The environment
+    variable HRGAN_DEADLINE (seconds since 1970) is another; SLURM's scripts set it."""
+    margin_minutes: float = 10.0
+    """Minutes before the limit at which it begins to save."""
+    timeout_minutes: float = 10.0
+    """Minutes without progress after which a process counts as hung: it prints its stack and ends, and all with it."""
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """What is shown."""
 
     tick_kimg: FloatByRes = 4.0
-    """Thousands of images between log lines; stop requests are seen at these points too."""
+    """Thousands of images between log lines."""
     samples_kimg: FloatByRes = 40.0
     """Thousands of images between sample grids."""
     grid: int = 8
@@ -200,6 +219,8 @@ class Config:
     """The metric."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving."""
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """Stopping by itself."""
     log: LogConfig = field(default_factory=LogConfig)
     """Showing."""
     seed: int = 0
@@ -222,6 +243,10 @@ MAY_CHANGE = (
     "data.prefetch",
     "data.max_bad",
     "optim.max_skipped",
+    "optim.on_divergence",
+    "optim.max_rollbacks",
+    "optim.rollback_lr",
+    "limits.",
     "deterministic",
 )
 """Fields that a resumed run may change: none of them alters which images are seen or how they are learnt from."""
@@ -306,156 +331,6 @@ def wrong_type(key: str, value: Any) -> str:
 def topics() -> list[str]:
     """The topics, then the fields that stand alone."""
     return [f.name for f in fields(Config)]
-
-
-# Checks
-
-
-def problems(config: Config) -> list[str]:
-    """Every problem that the values have, one line each: field, value, reason, nearest valid value."""
-    return [*_size_problems(config), *_batch_problems(config), *_loss_problems(config), *_range_problems(config)]
-
-
-def _power_of_two(name: str, value: int, low: int) -> list[str]:
-    if value >= low and value & (value - 1) == 0:
-        return []
-    below = max(low, 1 << max(value, 1).bit_length() - 1)
-    near = sorted({below, max(low, 2 * below)}) if value > low else [low]
-    return [f"{name}: {value} is not a power of two from {low} up; nearest: {' or '.join(map(str, near))}"]
-
-
-def _size_problems(config: Config) -> list[str]:
-    network, schedule = config.network, config.schedule
-    found = _power_of_two("network.resolution", network.resolution, 4)
-    found += _power_of_two("schedule.start_resolution", schedule.start_resolution, 4)
-    if not found and schedule.start_resolution > network.resolution:
-        found.append(
-            f"schedule.start_resolution: {schedule.start_resolution} is above network.resolution {network.resolution}; "
-            f"nearest: {network.resolution}"
-        )
-    if network.channels not in (1, 3):
-        found.append(
-            f"network.channels: {network.channels} is neither 1 (grey) nor 3 (RGB); nearest: "
-            f"{1 if network.channels < 2 else 3}"
-        )
-    stages = max(network.resolution, 4).bit_length() - 2
-    if network.widths is not None and (len(network.widths) < stages or min(network.widths, default=0) < 1):
-        found.append(
-            f"network.widths: {network.widths} must be at least {stages} positive numbers, for 4 to "
-            f"{network.resolution} pixels"
-        )
-    return found
-
-
-def _batch_problems(config: Config) -> list[str]:
-    found = []
-    for name, value in (
-        ("schedule.batch", config.schedule.batch),
-        ("schedule.micro_batch", config.schedule.micro_batch),
-    ):
-        for size in sorted(set(value.values())) if isinstance(value, dict) else [value] if value is not None else []:
-            if size < CHUNK or size % CHUNK:
-                below = max(CHUNK, size // CHUNK * CHUNK)
-                near = f"{below} or {below + CHUNK}" if size > CHUNK else str(CHUNK)
-                found.append(
-                    f"{name}: {size} is not a multiple of {CHUNK} (images that travel together); nearest: {near}"
-                )
-    if config.data.window < CHUNK or config.data.window % CHUNK:
-        found.append(
-            f"data.window: {config.data.window} is not a multiple of {CHUNK}; nearest: "
-            f"{max(1, config.data.window // CHUNK) * CHUNK}"
-        )
-    return found
-
-
-def _loss_problems(config: Config) -> list[str]:
-    if config.loss.penalty == "finite_difference" and config.loss.kind == "wgan-gp":
-        return [
-            "loss.penalty: finite_difference estimates the squared gradient norm, from which WGAN-GP's distance to "
-            "loss.gp_target does not follow; nearest: exact, or loss.kind logistic"
-        ]
-    return []
-
-
-_LEAST: dict[str, float] = {
-    "data.workers": 0,
-    "data.prefetch": 1,
-    "data.slots": 1,
-    "network.latent": 1,
-    "network.fmap_base": 1,
-    "network.fmap_max": 1,
-    "loss.gp_lambda": 0,
-    "loss.drift": 0,
-    "loss.r1_gamma": 0,
-    "loss.r1_every": 1,
-    "optim.ema_kimg": 0,
-    "optim.max_skipped": 1,
-    "schedule.stable_kimg": 0,
-    "schedule.fade_kimg": 0,
-    "eval.every_kimg": 0,
-    "eval.num_fake": 2,
-    "eval.num_real": 4,
-    "eval.batch": 1,
-    "checkpoint.keep": 2,
-    "log.grid": 1,
-    "seed": 0,
-    "data.max_bad": 0,
-    "optim.beta1": 0,
-    "optim.beta2": 0,
-}
-_ABOVE_ZERO = (
-    "optim.lr",
-    "optim.lr_d",
-    "optim.eps",
-    "loss.fd_sigma",
-    "loss.gp_target",
-    "schedule.total_kimg",
-    "checkpoint.every_kimg",
-    "checkpoint.keep_every_kimg",
-    "log.tick_kimg",
-    "log.samples_kimg",
-)
-_MOST: dict[str, float] = {"data.max_bad": 1, "optim.beta1": 0.9999, "optim.beta2": 0.99999}
-
-
-def _range_problems(config: Config) -> list[str]:
-    found = []
-    sizes = resolutions(config) or [4]
-    for key, value in leaves(asdict(config)):
-        for number in value.values() if isinstance(value, dict) else [value]:
-            if not isinstance(number, (int, float)) or isinstance(number, bool):
-                continue
-            if not math.isfinite(number):
-                found.append(f"{key}: {number} is not a finite number")
-                continue
-            if key in _LEAST and number < _LEAST[key]:
-                found.append(f"{key}: {number} is below the least, {_LEAST[key]:g}")
-            if key in _ABOVE_ZERO and number <= 0:
-                found.append(f"{key}: {number} must be above 0")
-            if key in _MOST and number > _MOST[key]:
-                found.append(f"{key}: {number} is above the most, {_MOST[key]:g}")
-        # Nothing fades into the first resolution.
-        first = (
-            sizes[min(1, len(sizes) - 1)]
-            if key == "schedule.fade_kimg" and config.schedule.order == "stable_first"
-            else sizes[0]
-        )
-        if isinstance(value, dict) and (not value or min(value) > first):
-            found.append(f"{key}: {value} says nothing for {first} pixels; add {first}: ...")
-    return found
-
-
-def world_problems(config: Config, world: int) -> list[str]:
-    """Problems that show only when the number of processes is known."""
-    unit, found = CHUNK * world, []
-    for size in sorted({at(config.schedule.batch, resolution) for resolution in resolutions(config)}):
-        if size % unit:
-            below = size // unit * unit
-            near = f"{below} or {below + unit}" if below else str(unit)
-            found.append(
-                f"schedule.batch: {size} is not a multiple of {world} processes x {CHUNK} images; nearest: {near}"
-            )
-    return found
 
 
 def refuse(found: list[str], where: str) -> None:

@@ -11,6 +11,7 @@ forward.
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,13 +22,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
-from hrgan import zero
+from hrgan import watch, zero
 from hrgan.adam import Adam, LossScale
 from hrgan.config import Config
-from hrgan.errors import Drifted, HrganError, UserError, refused_by_system
+from hrgan.errors import REFUSALS, Drifted, HrganError, UserError, refused_by_system
 from hrgan.networks import AUTOCAST, make_discriminator, make_generator
 from hrgan.schedule import Phase
 
@@ -65,8 +66,8 @@ class Engine:
     def __init__(self, config: Config) -> None:
         """Join the processes that `accelerate launch` started. UserError for a kind of launch that is not supported."""
         self.config = config
-        # Evaluations and saves hold the other processes in a collective for longer than the default of 10 minutes.
-        timeout = timedelta(hours=2)
+        # Above the watch's, which says more (watch.py).
+        timeout = timedelta(minutes=config.limits.timeout_minutes * 1.5, seconds=30)
         if zero.asked_for():
             plugins = zero.plugins(config)
             # On CPUs DeepSpeed would else make a world of one of each process, silently.
@@ -99,6 +100,10 @@ class Engine:
                 f"launch: WORLD_SIZE is {os.environ['WORLD_SIZE']} but Accelerate formed a world of {self.world}; "
                 "on CPUs start with ACCELERATE_USE_CPU=true accelerate launch --config_file launch/cpu-2.yaml"
             )
+        if self.world > 1:
+            # What only the hosts agree on neither waits for the GPUs nor makes them wait.
+            self._hosts: Any = dist.new_group(backend="gloo", timeout=timeout)
+            self._store, self._calls = watch.store_of_processes(), 0
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = not config.deterministic
             torch.use_deterministic_algorithms(config.deterministic)
@@ -145,7 +150,7 @@ class Engine:
         scale = LossScale.first(self.device) if self.config.precision == "fp16" else None
         adam = Adam(module.to(self.device).parameters(), lr, betas, self.config.optim.eps, self._any_process, scale)
         if self.zero_stage is None:
-            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # DeepSpeed takes no such weights
+            module.to(memory_format=torch.channels_last)  # DeepSpeed takes no such weights
             return Net(module, self.accelerator.prepare(module), adam)
         self.accelerator.state.select_deepspeed_plugin(name)
         engine, _ = self.accelerators[name].prepare(module, adam)
@@ -241,23 +246,50 @@ class Engine:
         value = torch.tensor([float(flag)], device=self.device)
         return bool(self.accelerator.reduce(value, "sum").item() > 0)
 
+    def agree(self, reason: str | None) -> str | None:
+        """A reason that a process has, the same on all, or None when none has one. The GPUs are not waited for."""
+        if self.world == 1:
+            return reason
+        flag = torch.tensor([float(reason is not None)])
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._hosts)
+        if flag == 0:
+            return None
+        reasons: list[str | None] = [None] * self.world
+        dist.all_gather_object(reasons, reason, group=self._hosts)
+        return next(f"{found} on rank {rank}" for rank, found in enumerate(reasons) if found is not None)
+
     def on_main(self, act: Callable[[], Result]) -> Result:
         """The result of a function that only the main process runs; an HrganError in it is raised on all processes
-        alike."""
+        alike. The others wait as long as it takes, in no collective whose time could run out."""
         outcome: list[Any] = [None, None]
         if self.rank == 0:
             try:
                 outcome[0] = act()
             except HrganError as error:
                 outcome[1] = error
-            except OSError as error:
-                outcome[1] = refused_by_system(error)
-        if self.world > 1:
-            broadcast_object_list(outcome)
+            except Exception as error:
+                outcome[1] = _known(error) or HrganError(f"rank 0 failed: {type(error).__name__}: {error}")
+                if _known(error) is None:
+                    self._share_main(outcome)
+                    raise
+        self._share_main(outcome)
         if outcome[1] is not None:
             raise outcome[1]
         result: Result = outcome[0]
         return result
+
+    def _share_main(self, outcome: list[Any]) -> None:
+        """Bring the main process's outcome to all, once it is there."""
+        if self.world == 1:
+            return
+        self._calls += 1
+        key = f"hrgan/main/{self._calls}"
+        if self.rank == 0:
+            self._store.set(key, "done")
+        while not self._store.check([key]):  # Rank 0's own watch ends it, and so all, when it does not move.
+            watch.beat()
+            time.sleep(0.02)
+        dist.broadcast_object_list(outcome, group=self._hosts)
 
     def check_same(self, state: State) -> None:
         """Drifted if a tensor of the state has other bits on some process than on most. All processes must call it."""
@@ -282,6 +314,11 @@ class Engine:
     def close(self) -> None:
         """Leave the process group."""
         self.accelerator.end_training()
+
+
+def _known(error: Exception) -> UserError | None:
+    """A refusal of the system as a UserError; None for any other error."""
+    return refused_by_system(error) if isinstance(error, OSError) and error.errno in REFUSALS else None
 
 
 def d_correction(config: Config) -> float:

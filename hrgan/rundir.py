@@ -19,10 +19,12 @@ import torch
 from hrgan import checkpoint
 from hrgan.config import Config, differences, from_dict, read_yaml, to_yaml
 from hrgan.data.manifest import Manifest, verify_sizes
-from hrgan.errors import DataError, UserError
+from hrgan.errors import DataError, Stopped, UserError
 from hrgan.schedule import Schedule
 
 LOCK = ".lock"
+PATIENCE_SECONDS = 30
+"""How long a start waits for another training to end: one whose launcher died saves first."""
 _held: list[TextIO] = []
 """Open lock files: closing one would drop its lock."""
 
@@ -53,6 +55,9 @@ def open_run(folder: Path, config: Config, manifest: Manifest, say: Callable[[st
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--run: {folder} is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and (folder / "STOP").exists():
+        # A launcher with --max_restarts takes a stop for a failure.
+        raise Stopped(f"{folder} was stopped on request and is not restarted; the same command goes on")
     _lock(folder, say)
     # A kill in the first moments leaves no more than these. SLURM's logs and a stop may be there before the run.
     untouched = {path.name for path in folder.iterdir()} <= {LOCK, ".environment.json", "slurm", "STOP"}
@@ -68,17 +73,26 @@ def open_run(folder: Path, config: Config, manifest: Manifest, say: Callable[[st
 def _lock(folder: Path, say: Callable[[str], None]) -> None:
     """One training at a time in a run directory. The kernel drops the lock with this process, however that ends."""
     file = (folder / LOCK).open("w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(
-            f"{folder}: another training is running here; wait for it, stop it or choose another --run"
-        ) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        # Some cluster file systems have no locks: that must not keep anyone from training on them.
-        say(f"{folder} cannot be locked ({error.strerror}): make sure that only one training runs in it")
+    waited, give_up = False, time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > give_up:
+                raise UserError(
+                    f"{folder}: another training is running here; wait for it, stop it or choose another --run"
+                ) from None
+            if not waited:
+                say(f"{folder}: another training is running here; waiting {PATIENCE_SECONDS} s for it to end")
+            waited = True
+            time.sleep(0.5)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            # Some cluster file systems have no locks: that must not keep anyone from training on them.
+            say(f"{folder} cannot be locked ({error.strerror}): make sure that only one training runs in it")
+            break
     _held.append(file)
 
 

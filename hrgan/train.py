@@ -6,36 +6,34 @@ Everything is a function of (config, seed, nimg): nothing but tensors and nimg i
 
 from __future__ import annotations
 
-import resource
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import Tensor
 
-from hrgan import checkpoint, losses
+from hrgan import losses
 from hrgan.checkpoint import Progress
-from hrgan.config import CHUNK, Config, at, refuse, world_problems
+from hrgan.checks import world_problems
+from hrgan.config import CHUNK, Config, at, refuse
 from hrgan.data import manifest as shards
 from hrgan.data import stream
 from hrgan.data.manifest import Manifest
 from hrgan.engine import Engine, State
-from hrgan.errors import DataError, Diverged, Stopped, UserError
-from hrgan.metrics.extractor import Extractor, make_extractor, settle_weights
-from hrgan.metrics.frechet import evaluate
-from hrgan.monitor.log import RunLog, eta, summary
+from hrgan.errors import Diverged, HrganError, UserError
+from hrgan.metrics.extractor import make_extractor, settle_weights
+from hrgan.monitor.log import RunLog
 from hrgan.monitor.meter import Meter
 from hrgan.networks import full_precision
 from hrgan.networks.layers import downsample, upsample
-from hrgan.noise import draw, latents, local_rows, pixel_noise
-from hrgan.pictures import grid_side, save_png, side_by_side, tile, to_float, to_uint8
+from hrgan.noise import draw, local_rows, pixel_noise
+from hrgan.pictures import to_float
+from hrgan.run import Run, at_lr, between_steps, finish, load_everywhere, make_up_evaluation, owes_evaluation, roll_back
 from hrgan.rundir import check_shards, open_run
-from hrgan.schedule import Due, Phase, Schedule, make_schedule, what_is_due
+from hrgan.schedule import Phase, make_schedule, what_is_due
+from hrgan.watch import Watch, beat, patience, stop_time, store_of_processes
 
 # Steps
 
@@ -155,132 +153,116 @@ def prepare_step(engine: Engine, config: Config, phase: Phase, nimg: int, images
 # The run
 
 
-@dataclass
-class Run:
-    """One run in this process."""
-
-    config: Config
-    folder: Path
-    engine: Engine
-    schedule: Schedule
-    manifest: Manifest
-    extractor: Extractor
-    log: RunLog | None
-    """On the main process only."""
-    progress: Progress
-    meter: Meter
-    bad: stream.BadSamples = field(default_factory=stream.BadSamples)
-    speeds: dict[int, float] = field(default_factory=dict)
-    """Seconds per image at each resolution, as last measured."""
-    failure: DataError | None = None
-    """Why this process cannot read on; raised on all processes at the next tick, before anything is saved."""
-    bad_since_tick: int = 0
-    """Samples that this process replaced since the last tick."""
-    stop_asked: bool = False
-
-    def next_images(self, reals: Iterator[stream.Batch], phase: Phase) -> Tensor:
-        """This process's next (n, C, R, R) uint8 reals; black ones after a failure, so that no other process waits
-        for ever."""
-        if self.failure is None:
-            try:
-                batch = next(reals)
-                self.note_bad(batch)
-                return batch.images
-            except DataError as error:
-                self.failure = error
-        shape = (self.config.network.channels, phase.resolution, phase.resolution)
-        return torch.zeros(phase.batch // self.engine.world, *shape, dtype=torch.uint8)
-
-    def note_bad(self, batch: stream.Batch) -> None:
-        """Count replaced samples; the first ten of each process are named at once, then one in a thousand."""
-        for line in batch.bad:
-            if self.bad.bad < 10 or self.bad.bad % 1000 == 0:
-                print(f"replaced: {line}", file=sys.stderr, flush=True)
-        self.bad.add(batch)
-        self.bad_since_tick += len(batch.bad)
-
-    def say(self, line: str) -> None:
-        """One line from the main process."""
-        if self.log is not None:
-            self.log.say(line)
-
-
 def train(config: Config, folder: Path) -> None:
     """Train, or go on where the run directory stands. Raises Stopped after saving on request; HrganError with one
     line for what is wrong."""
     schedule = make_schedule(config)
     engine = Engine(config)
-    try:
+    with watching(config, engine) as watch:
         refuse(world_problems(config, engine.world), "config")
         if not config.data.path:
             raise UserError("data.path: empty; name the folder that `hrgan data build` wrote: --data.path FOLDER")
         manifest = shards.load(Path(config.data.path))
         check_shards(config, manifest, schedule)
         say = print if engine.rank == 0 else _silent
-        weights = engine.on_main(lambda: settle_weights(config.eval, say))
+        with patience("fetching the extractor's weights"):
+            weights = engine.on_main(lambda: settle_weights(config.eval, say))
         start = engine.on_main(lambda: open_run(folder, config, manifest, say))
-        saved = checkpoint.load(start) if start is not None else None
+        saved = load_everywhere(engine, start) if start is not None else None
         progress = saved.progress if saved else Progress()
-        if progress.nimg >= schedule.nimg_total:
-            say(f"{folder} is finished at {progress.nimg / 1000:g} kimg; raise schedule.total_kimg to go on")
-            engine.on_main(lambda: (folder / "FINISHED").write_text(f"{progress.nimg}\n"))
-            for line in summary(folder):
-                say(line)
-            return
         log = RunLog(folder, progress.nimg, config.log.tensorboard) if engine.rank == 0 else None
         try:
             extractor = make_extractor(weights, engine.device)
-            run = Run(config, folder, engine, schedule, manifest, extractor, log, progress, Meter(engine.device))
+            meter = Meter(engine.device)
+            run = Run(config, folder, engine, schedule, manifest, extractor, log, progress, meter, watch=watch)
+            if progress.nimg >= schedule.nimg_total and not owes_evaluation(run):
+                run.say(f"{folder} is finished at {progress.nimg / 1000:g} kimg; raise schedule.total_kimg to go on")
+                finish(run)
+                return
             run.say(
                 f"{'going on' if saved else 'starting'} at {progress.nimg / 1000:g} kimg in {folder}: "
                 f"{manifest.num_samples:,} images, "
                 f"{engine.world} x {engine.device.type} ({engine.name}), {config.precision}, {extractor.metric}"
             )
-            with stop_on_signals(run):
-                run_phases(run, saved.state if saved else None)
+            run_phases(run, saved.state if saved else None)
         finally:
             if log is not None:
                 log.close()
-    finally:
-        engine.close()
 
 
 def run_phases(run: Run, state: State | None) -> None:
-    """The loop: phases, steps, and what is due between steps."""
+    """Phase after phase, and back to a checkpoint where training diverges and the configuration says so."""
+    if state is not None and owes_evaluation(run):
+        state = make_up_evaluation(run, state)
+    while run.progress.nimg < run.schedule.nimg_total:
+        try:
+            state = run_phase(run, at_lr(run.schedule.at(run.progress.nimg), run.progress.lr_scale), state)
+        except Diverged as error:
+            state = roll_back(run, error)
+    run.say(f"finished at {run.progress.nimg / 1000:g} kimg in {run.folder}")
+    finish(run)
+
+
+def run_phase(run: Run, phase: Phase, state: State | None) -> State:
+    """The loop: steps, and what is due between steps. The tensors at the phase's end."""
     config, engine, schedule, meter = run.config, run.engine, run.schedule, run.meter
     nimg = run.progress.nimg
-    while nimg < schedule.nimg_total:
-        phase = schedule.at(nimg)
-        engine.enter(phase, state)
-        part = "fading in" if phase.fading else "stable"
-        place = f"phase {phase.index + 1}/{len(schedule.phases)}"
-        run.say(f"{place}: {phase.resolution}² {part}, batch {phase.batch}, to {phase.nimg_to / 1000:g} kimg")
-        reals, unmoved = open_reals(config, engine, run.manifest, phase, nimg), engine.weights()
-        meter.restart()
-        while nimg < phase.nimg_to:
-            # One step
-            with meter.waiting():
-                images = run.next_images(reals, phase)
-            alpha, weight = phase.alpha(nimg), penalty_weight(config, phase.step(nimg))
-            micros = prepare_step(engine, config, phase, nimg, images)
-            d_values = d_step(engine, config, phase, micros, alpha, weight)
-            g_values = g_step(engine, config, micros, alpha)
-            engine.update_ema()
-            meter.add(phase.batch, d_values, g_values, with_penalty=weight > 0)
-            if unmoved:
-                unmoved = check_moved(engine, unmoved, d_values, g_values)
+    beat(f"step {schedule.step(nimg)}, building {phase.resolution}²", nimg)
+    engine.enter(phase, state)
+    part = "fading in" if phase.fading else "stable"
+    place = f"phase {phase.index + 1}/{len(schedule.phases)}"
+    run.say(f"{place}: {phase.resolution}² {part}, batch {phase.batch}, to {phase.nimg_to / 1000:g} kimg")
+    reals, unmoved = open_reals(config, engine, run.manifest, phase, nimg), engine.weights()
+    meter.restart()
+    run.look_every = 1
+    while nimg < phase.nimg_to:
+        # One step
+        step = schedule.step(nimg)
+        beat(f"step {step}, reading data", nimg)
+        with meter.waiting():
+            images = run.next_images(reals, phase)
+        beat(f"step {step}", nimg + 0.5)
+        alpha, weight = phase.alpha(nimg), penalty_weight(config, phase.step(nimg))
+        micros = prepare_step(engine, config, phase, nimg, images)
+        d_values = d_step(engine, config, phase, micros, alpha, weight)
+        g_values = g_step(engine, config, micros, alpha)
+        engine.update_ema()
+        meter.add(phase.batch, d_values, g_values, with_penalty=weight > 0)
+        if unmoved:
+            unmoved = check_moved(engine, unmoved, d_values, g_values)
 
-            # What is due
-            nimg, before = nimg + phase.batch, nimg
-            due = what_is_due(config, schedule, phase, before, nimg)
-            if due.tick:
-                between_steps(run, phase, nimg, due)
-                meter.restart()
-        state = engine.state()
-    engine.on_main(lambda: (run.folder / "FINISHED").write_text(f"{nimg}\n"))
-    run.say(f"finished at {nimg / 1000:g} kimg in {run.folder}")
-    for line in summary(run.folder):
-        run.say(line)
+        # What is due
+        nimg, before = nimg + phase.batch, nimg
+        due = what_is_due(config, schedule, phase, before, nimg)
+        stop = run.stop_reason() if due.tick or phase.step(nimg) % run.look_every == 0 else None
+        if due.tick or stop:
+            between_steps(run, phase, nimg, due, stop)
+            meter.restart()
+    return engine.state()
+
+
+@contextmanager
+def watching(config: Config, engine: Engine) -> Iterator[Watch]:
+    """Signals, time limits and hangs are watched in here; the processes part at the end. An error that comes from
+    another process's death names that process."""
+    limits = config.limits
+    stop_at = stop_time(limits.hours, limits.margin_minutes)
+    watch = Watch(engine.rank, engine.world, limits.timeout_minutes * 60, stop_at, store_of_processes())
+    watch.start()
+    try:
+        yield watch
+    except HrganError:
+        raise
+    except Exception as error:
+        lost = watch.lost()
+        if not lost:
+            raise
+        raise HrganError(
+            f"rank {engine.rank} ends, because it has lost {lost} ({str(error).splitlines()[0]})"
+        ) from error
+    finally:
+        watch.stop()
+        engine.close()
 
 
 def open_reals(config: Config, engine: Engine, manifest: Manifest, phase: Phase, nimg: int) -> Iterator[stream.Batch]:
@@ -319,162 +301,6 @@ def check_moved(
                 f"the {name} did not move in the first step of a phase: its optimizer does not hold its parameters"
             )
     return left
-
-
-# Between steps
-
-
-def between_steps(run: Run, phase: Phase, nimg: int, due: Due) -> None:
-    """Tick, sample grid, evaluation and checkpoint, in this order. Raises Stopped, after saving, where a stop was
-    asked for."""
-    end_tick(run, phase, nimg)
-    stop = run.engine.any(run.stop_asked or (run.engine.rank == 0 and (run.folder / "STOP").exists()))
-    if due.samples:
-        run.engine.on_main(lambda: save_samples(run, phase, nimg))
-    if due.evaluate:
-        measure(run, phase, nimg)
-    if due.save or stop:
-        save(run)
-    if stop and not due.finish:
-        run.engine.on_main((run.folder / "STOP").touch)
-        place = f"stopped at {nimg / 1000:g} kimg with everything saved in {run.folder}"
-        raise Stopped(f"{place}; the same command goes on")
-
-
-def end_tick(run: Run, phase: Phase, nimg: int) -> None:
-    """Count, check and log what happened since the last tick. Raises Diverged or DataError before anything is saved."""
-    config, engine = run.config, run.engine
-    row, bad_samples = run.meter.read(engine.mean), run.progress.bad_samples + count_bad(run)
-    run.progress = replace(
-        run.progress,
-        nimg=nimg,
-        seconds=run.progress.seconds + run.meter.seconds_since_read(),
-        skipped_steps=run.progress.skipped_steps + row.pop("skipped"),
-        bad_samples=bad_samples,
-    )
-    in_a_row = row.pop("skipped_in_a_row")
-    if row["img_per_sec"] > 0:
-        run.speeds[phase.resolution] = 1 / row["img_per_sec"]
-    if run.log is not None:
-        memory = torch.cuda.max_memory_allocated(engine.device) / 2**30 if engine.device.type == "cuda" else 0.0
-        row = {
-            "nimg": nimg,
-            "kimg": nimg / 1000,
-            "step": run.schedule.step(nimg - phase.batch) + 1,
-            "phase": phase.index,
-            "resolution": phase.resolution,
-            "alpha": phase.alpha(nimg),
-            "batch": phase.batch,
-            "lr_g": phase.lr_g,
-            "lr_d": phase.lr_d,
-            **row,
-            "gpu_mem_gb": memory,
-            "cpu_mem_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            "seconds": run.progress.seconds,
-            "skipped_steps": run.progress.skipped_steps,
-            "bad_samples": run.progress.bad_samples,
-        }
-        run.log.tick(row, phase.fading, config.schedule.total_kimg, eta(run.schedule, phase, nimg, run.speeds))
-    if in_a_row > config.optim.max_skipped:
-        raise Diverged(
-            f"{in_a_row} steps in a row had non-finite losses or gradients (limit optim.max_skipped "
-            f"{config.optim.max_skipped}) before "
-            f"{nimg / 1000:g} kimg; checkpoints are untouched: start another --run with a lower "
-            "optim.lr or in float32"
-        )
-
-
-def count_bad(run: Run) -> int:
-    """Samples that all processes replaced since the last tick. DataError on all of them when any has had too many."""
-    count = (
-        run.engine.mean(torch.tensor([float(run.bad_since_tick)], device=run.engine.device)).item() * run.engine.world
-    )
-    run.bad_since_tick = 0
-    try:
-        run.bad.check(run.config.data.max_bad)
-    except DataError as error:
-        run.failure = run.failure or error
-    if run.engine.any(run.failure is not None):
-        raise run.failure or DataError("another process cannot read its shards; its line names what is wrong")
-    return round(count)
-
-
-def save_samples(run: Run, phase: Phase, nimg: int) -> None:
-    """Generated images from fixed latents on the left, reals of the same resolution on the right. On one process."""
-    side = grid_side(phase.resolution, run.config.log.grid)
-    z = latents(0, side * side, run.config.network.latent, run.config.seed, "grid").to(run.engine.device)
-    with torch.no_grad():
-        fakes = torch.cat(
-            [to_uint8(run.engine.ema(part, None, phase.alpha(nimg))).cpu() for part in torch.split(z, 16)]
-        )
-    wanted = min(side * side, run.manifest.num_samples)
-    stored = stream.read_range(Path(run.config.data.path), run.manifest, phase.resolution, 0, wanted)
-    reals = torch.cat([batch.images for batch in stored])
-    if not len(reals):
-        raise DataError(
-            f"{run.config.data.path}: none of its first {wanted} samples at {phase.resolution}² can be read"
-        )
-    reals = reals[torch.arange(side * side) % len(reals)]  # A set smaller than the grid shows its pictures again.
-    folder = run.folder / "samples"
-    folder.mkdir(exist_ok=True)
-    picture = side_by_side(tile(fakes, side), tile(reals, side))
-    save_png(picture, folder / f"{nimg / 1000:08.1f}kimg-{phase.resolution}px.png")
-
-
-def measure(run: Run, phase: Phase, nimg: int) -> None:
-    """Evaluate the EMA; remember it if it is the best of its kind."""
-    config, engine = run.config, run.engine
-    folders = [Path(config.data.path) / "stats", run.folder / "stats"]
-    row = evaluate(
-        config, run.manifest, engine.ema, phase.alpha(nimg), run.extractor, engine.rank, engine.world, folders
-    )
-    if run.log is None:
-        return
-    run.log.metric({"nimg": nimg, **row})
-    value, name = row[run.extractor.metric], f"{run.extractor.metric} {run.extractor.sha256} {phase.resolution}"
-    run.say(
-        f"{run.extractor.metric} {value:.4f} at {nimg / 1000:g} kimg, {phase.resolution}² (floor "
-        f"{row[run.extractor.metric + '_floor']:.4f}; "
-        f"{row['num_fake']} fakes, {row['num_real']} reals, {row['seconds']:.1f} s)"
-        if value is not None
-        else f"{run.extractor.metric} cannot be computed at {nimg / 1000:g} kimg: generated images are not finite"
-    )
-    old = run.progress
-    if isinstance(value, float) and (old.best_metric is None or old.best_name != name or value < old.best_metric):
-        run.progress = replace(old, best_nimg=nimg, best_metric=value, best_name=name)
-
-
-def save(run: Run) -> None:
-    """Write the checkpoint of this moment, point `best` at the best, and prune."""
-    state, progress, config = run.engine.state(), run.progress, run.config
-    run.engine.check_same(state)
-
-    def write() -> None:
-        checkpoint.save(run.folder, state, progress, config, run.manifest.real_set)
-        if progress.best_nimg == progress.nimg:
-            checkpoint.point(run.folder, "best", progress.nimg)
-        checkpoint.prune(
-            run.folder, progress.nimg, config.checkpoint.keep, config.checkpoint.keep_every_kimg, progress.best_nimg
-        )
-
-    run.engine.on_main(write)
-
-
-@contextmanager
-def stop_on_signals(run: Run) -> Iterator[None]:
-    """SIGTERM or Ctrl-C asks for a stop at the next tick; a second one ends at once."""
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        run.stop_asked = True
-        signal.signal(number, before[signal.Signals(number)])
-        sys.stderr.write(f"{signal.Signals(number).name}: saving at the next tick, once more to end at once\n")
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _silent(line: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hrgan.checks import problems, world_problems
 from hrgan.config import (
     Config,
     OptimConfig,
@@ -16,9 +17,7 @@ from hrgan.config import (
     differences,
     from_dict,
     known_keys,
-    problems,
     to_yaml,
-    world_problems,
 )
 from tests.conftest import cli
 

@@ -60,13 +60,14 @@ def test_imports_point_down_only() -> None:
 
     floors = [
         {"errors"},
-        {"config"},
-        {"schedule", "losses", "networks", "noise", "pictures"},
+        {"config", "watch"},
+        {"checks", "schedule", "losses", "networks", "noise", "pictures"},
         {"adam"},
         {"zero"},
         {"engine", "data", "monitor", "metrics"},
         {"checkpoint"},
         {"rundir"},
+        {"run"},
         {"train"},
         {"apps"},
         {"cli"},

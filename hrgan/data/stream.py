@@ -23,6 +23,7 @@ from hrgan.data.images import box_mean, decode
 from hrgan.data.manifest import BadSample, Manifest, RawSample, ShardReader, parse_meta, verify_sizes
 from hrgan.data.order import Order, Segment
 from hrgan.errors import DataError, UserError
+from hrgan.watch import STOP_SIGNALS
 
 
 @dataclass(frozen=True)
@@ -304,8 +305,9 @@ def _as_is(item: Any) -> Any:
 def _ignore_stop_signals(worker: int) -> None:
     """A stop sent to the whole process group (by SLURM, timeout, Ctrl-C) is the training process's to answer, which
     reads on until it has saved; a worker ends when that process does, which torch watches."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # The training's own, inherited.
 
 
 def _items(dataset: IterableDataset[_Item | DataError], workers: int, prefetch: int) -> Iterator[_Item]:

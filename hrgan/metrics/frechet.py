@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from hrgan.config import Config
 from hrgan.data.manifest import Manifest
-from hrgan.data.stream import read_range
+from hrgan.data.stream import Batch, read_range
 from hrgan.errors import DataError
 from hrgan.metrics.extractor import Extractor
 from hrgan.noise import latents
@@ -33,6 +33,11 @@ from hrgan.pictures import to_uint8
 
 BLOCK = 64
 """Latents are dealt to processes in blocks of this many."""
+
+
+def go_on() -> None:
+    """The `pause` of an evaluation that nothing interrupts. Others may raise: all processes call theirs equally often,
+    once a round."""
 
 
 @dataclass
@@ -110,6 +115,7 @@ def real_moments(
     rank: int,
     world: int,
     folders: list[Path],
+    pause: Callable[[], None] = go_on,
 ) -> RealSet:
     """Moments of the first reals in stored order, from the cache of the first folder that has or takes them, else
     computed by all processes."""
@@ -126,17 +132,25 @@ def real_moments(
     start, stop = count * rank // world, count * (rank + 1) // world
     lost = torch.zeros(2, dtype=torch.float64, device=device)  # samples left out; processes that could not go on
     failure: DataError | None = None
-    try:
-        root, data, size = Path(config.data.path), config.data, config.eval.batch
-        for batch in read_range(root, manifest, resolution, start, stop, batch=size, workers=data.workers):
-            features, is_odd = extractor.features(batch.images.to(device)), (batch.samples % 2 == 1).to(device)
-            even.add(features[~is_odd])
-            odd.add(features[is_odd])
-            lost[0] += len(batch.bad)
-            for line in batch.bad:
-                print(f"real statistics: {line}", file=sys.stderr)
-    except DataError as error:  # Raised below, on all processes: none may wait for one that has left.
-        failure, lost[1] = error, 1
+    root, data, size = Path(config.data.path), config.data, config.eval.batch
+    batches: Iterator[Batch] = iter(())
+    most = (count + world - 1) // world  # of any process
+    for number in range((most + size - 1) // size):
+        pause()
+        try:
+            if number == 0:
+                batches = read_range(root, manifest, resolution, start, stop, batch=size, workers=data.workers)
+            batch = next(batches, None)
+        except DataError as error:  # Raised below, on all processes: none may wait for one that has left.
+            failure, lost[1], batch, batches = error, 1, None, iter(())
+        if batch is None:
+            continue
+        features, is_odd = extractor.features(batch.images.to(device)), (batch.samples % 2 == 1).to(device)
+        even.add(features[~is_odd])
+        odd.add(features[is_odd])
+        lost[0] += len(batch.bad)
+        for line in batch.bad:
+            print(f"real statistics: {line}", file=sys.stderr)
     even.reduce()
     odd.reduce()
     if dist.is_initialized():
@@ -205,12 +219,17 @@ def fake_moments(
     extractor: Extractor,
     rank: int,
     world: int,
+    pause: Callable[[], None] = go_on,
 ) -> Moments:
     """Moments of `count` generated images; image i has the same latent whatever the number of processes. generate:
     (N, latent) -> images."""
     device = next(extractor.network.parameters()).device
     moments = Moments.zero(extractor.size, device)
-    for start in range(rank * BLOCK, count, world * BLOCK):
+    for first in range(0, count, world * BLOCK):
+        pause()
+        start = first + rank * BLOCK
+        if start >= count:
+            continue
         z = latents(start, min(start + BLOCK, count), latent, seed, "eval").to(device)
         for part in torch.split(z, batch):
             images = generate(part)
@@ -229,6 +248,7 @@ def evaluate(
     rank: int,
     world: int,
     folders: list[Path],
+    pause: Callable[[], None] = go_on,
 ) -> dict[str, float | int | str | None]:
     """One line of metrics.jsonl besides nimg. Numbers are right on rank 0. The generator's training mode is left as
     it was."""
@@ -247,10 +267,11 @@ def evaluate(
                 extractor,
                 rank,
                 world,
+                pause,
             )
     finally:
         generator.train(training)
-    row = compare(config, manifest, resolution, fakes, extractor, rank, world, folders)
+    row = compare(config, manifest, resolution, fakes, extractor, rank, world, folders, pause)
     return row | {"seconds": round(time.perf_counter() - began, 3)} if rank == 0 else row
 
 
@@ -263,9 +284,10 @@ def compare(
     rank: int,
     world: int,
     folders: list[Path],
+    pause: Callable[[], None] = go_on,
 ) -> dict[str, float | int | str | None]:
     """The distance of fakes to the reals of a set, with its floor and everything it depends on; {} but on rank 0."""
-    reals = real_moments(config, manifest, resolution, extractor, rank, world, folders)
+    reals = real_moments(config, manifest, resolution, extractor, rank, world, folders, pause)
     if rank > 0:
         return {}
     # There is no distance to non-finite pictures: null in metrics.jsonl, and never the best.

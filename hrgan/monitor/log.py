@@ -26,8 +26,7 @@ class RunLog:
 
     def __init__(self, run: Path, nimg: int, tensorboard: bool) -> None:
         self.run = run
-        for name in ("log.jsonl", "metrics.jsonl"):
-            drop_after(run / name, nimg)
+        self.go_back(nimg)
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
         if self.live:
@@ -37,6 +36,11 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # Takes a second to import: not for runs that do without.
 
             self.events = SummaryWriter(str(run / "events"), purge_step=nimg)
+
+    def go_back(self, nimg: int) -> None:
+        """Drop the rows after `nimg`."""
+        for name in ("log.jsonl", "metrics.jsonl"):
+            drop_after(self.run / name, nimg)
 
     def say(self, line: str) -> None:
         """One line for a person."""

@@ -1,0 +1,343 @@
+"""One run in this process, and what happens between its steps: ticks, sample grids, evaluations, checkpoints, stops."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from hrgan import checkpoint
+from hrgan.checkpoint import Progress, Saved
+from hrgan.config import Config
+from hrgan.data import stream
+from hrgan.data.manifest import Manifest
+from hrgan.engine import Engine, State
+from hrgan.errors import DataError, Diverged, Stopped, UserError
+from hrgan.metrics.extractor import Extractor
+from hrgan.metrics.frechet import evaluate
+from hrgan.monitor.log import RunLog, eta, read_rows, summary
+from hrgan.monitor.meter import Meter
+from hrgan.noise import latents
+from hrgan.pictures import grid_side, save_png, side_by_side, tile, to_uint8
+from hrgan.schedule import Due, Phase, Schedule, what_is_due
+from hrgan.watch import Watch, beat
+
+LOOK_SECONDS = 2.0
+"""Between two looks for a reason to stop, where a step is shorter."""
+
+
+@dataclass
+class Run:
+    """One run in this process."""
+
+    config: Config
+    folder: Path
+    engine: Engine
+    schedule: Schedule
+    manifest: Manifest
+    extractor: Extractor
+    log: RunLog | None
+    """On the main process only."""
+    progress: Progress
+    meter: Meter
+    bad: stream.BadSamples = field(default_factory=stream.BadSamples)
+    speeds: dict[int, float] = field(default_factory=dict)
+    """Seconds per image at each resolution, as last measured."""
+    failure: DataError | None = None
+    """Why this process cannot read on; raised on all processes at the next tick, before anything is saved."""
+    bad_since_tick: int = 0
+    """Samples that this process replaced since the last tick."""
+    watch: Watch | None = None
+    look_every: int = 1
+    """Steps between two looks for a reason to stop, so that looking costs next to nothing."""
+
+    def stop_reason(self) -> str | None:
+        """Why to stop, agreed on by all processes, or None. All processes must call it."""
+        reason = self.watch.reason() if self.watch else None
+        if reason is None and self.engine.rank == 0 and (self.folder / "STOP").exists():
+            reason = "a STOP file"
+        return self.engine.agree(reason)
+
+    def pause(self) -> None:
+        """Between two rounds of an evaluation: raises Stopped on all processes where one has a reason."""
+        beat()
+        reason = self.stop_reason()
+        if reason is not None:
+            raise Stopped(reason)
+
+    def next_images(self, reals: Iterator[stream.Batch], phase: Phase) -> Tensor:
+        """This process's next (n, C, R, R) uint8 reals; black ones after a failure, so that no other process waits
+        for ever."""
+        if self.failure is None:
+            try:
+                batch = next(reals)
+                self.note_bad(batch)
+                return batch.images
+            except DataError as error:
+                self.failure = error
+        shape = (self.config.network.channels, phase.resolution, phase.resolution)
+        return torch.zeros(phase.batch // self.engine.world, *shape, dtype=torch.uint8)
+
+    def note_bad(self, batch: stream.Batch) -> None:
+        """Count replaced samples; the first ten of each process are named at once, then one in a thousand."""
+        for line in batch.bad:
+            if self.bad.bad < 10 or self.bad.bad % 1000 == 0:
+                print(f"replaced: {line}", file=sys.stderr, flush=True)
+        self.bad.add(batch)
+        self.bad_since_tick += len(batch.bad)
+
+    def say(self, line: str) -> None:
+        """One line from the main process."""
+        if self.log is not None:
+            self.log.say(line)
+
+
+def at_lr(phase: Phase, scale: float) -> Phase:
+    """The phase with its learning rates multiplied, as rollbacks ask for."""
+    return replace(phase, lr_g=phase.lr_g * scale, lr_d=phase.lr_d * scale)
+
+
+def between_steps(run: Run, phase: Phase, nimg: int, due: Due, stop: str | None) -> None:
+    """Tick, sample grid, evaluation and checkpoint, in this order. With a reason to stop, which may come during the
+    evaluation too: save, and raise Stopped. An evaluation that was left out is made on the way on."""
+    end_tick(run, phase, nimg)
+    if due.samples:
+        run.engine.on_main(lambda: save_samples(run, phase, nimg))
+    evaluated = False
+    if due.evaluate and stop is None:
+        try:
+            measure(run, phase, nimg)
+            evaluated = True
+        except Stopped as stopped:
+            stop = str(stopped)
+    if due.save or stop:
+        save(run)
+    if stop and not (due.finish and evaluated):
+        stop_here(run, stop)
+
+
+def stop_here(run: Run, reason: str) -> NoReturn:
+    """Leave with everything saved."""
+    run.engine.on_main((run.folder / "STOP").touch)
+    place = f"stopped at {run.progress.nimg / 1000:g} kimg with everything saved in {run.folder}"
+    raise Stopped(f"{place} ({reason}); the same command goes on")
+
+
+def end_tick(run: Run, phase: Phase, nimg: int) -> None:
+    """Count, check and log what happened since the last tick. Raises Diverged or DataError before anything is saved."""
+    config, engine = run.config, run.engine
+    row, bad_samples = run.meter.read(engine.mean), run.progress.bad_samples + count_bad(run)
+    run.progress = replace(
+        run.progress,
+        nimg=nimg,
+        seconds=run.progress.seconds + run.meter.seconds_since_read(),
+        skipped_steps=run.progress.skipped_steps + row.pop("skipped"),
+        bad_samples=bad_samples,
+    )
+    in_a_row = row.pop("skipped_in_a_row")
+    seconds = engine.mean(torch.tensor([row["sec_per_kimg"] * phase.batch / 1000], device=engine.device)).item()
+    run.look_every = max(1, int(LOOK_SECONDS / seconds)) if seconds > 0 else 1
+    if row["img_per_sec"] > 0:
+        run.speeds[phase.resolution] = 1 / row["img_per_sec"]
+    if run.log is not None:
+        memory = torch.cuda.max_memory_allocated(engine.device) / 2**30 if engine.device.type == "cuda" else 0.0
+        row = {
+            "nimg": nimg,
+            "kimg": nimg / 1000,
+            "step": run.schedule.step(nimg - phase.batch) + 1,
+            "phase": phase.index,
+            "resolution": phase.resolution,
+            "alpha": phase.alpha(nimg),
+            "batch": phase.batch,
+            "lr_g": phase.lr_g,
+            "lr_d": phase.lr_d,
+            **row,
+            "gpu_mem_gb": memory,
+            "cpu_mem_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "seconds": run.progress.seconds,
+            "skipped_steps": run.progress.skipped_steps,
+            "bad_samples": run.progress.bad_samples,
+            "rollbacks": run.progress.rollbacks,
+        }
+        run.log.tick(row, phase.fading, config.schedule.total_kimg, eta(run.schedule, phase, nimg, run.speeds))
+    if in_a_row > config.optim.max_skipped:
+        raise Diverged(
+            f"{in_a_row} steps in a row had non-finite losses or gradients (limit optim.max_skipped "
+            f"{config.optim.max_skipped}) before "
+            f"{nimg / 1000:g} kimg; checkpoints are untouched: go on with --optim.on_divergence rollback, or start "
+            "another --run with a lower optim.lr or in float32"
+        )
+
+
+def count_bad(run: Run) -> int:
+    """Samples that all processes replaced since the last tick. DataError on all of them when any has had too many."""
+    count = (
+        run.engine.mean(torch.tensor([float(run.bad_since_tick)], device=run.engine.device)).item() * run.engine.world
+    )
+    run.bad_since_tick = 0
+    try:
+        run.bad.check(run.config.data.max_bad)
+    except DataError as error:
+        run.failure = run.failure or error
+    if run.engine.any(run.failure is not None):
+        raise run.failure or DataError("another process cannot read its shards; its line names what is wrong")
+    return round(count)
+
+
+def save_samples(run: Run, phase: Phase, nimg: int) -> None:
+    """Generated images from fixed latents on the left, reals of the same resolution on the right. On one process."""
+    side = grid_side(phase.resolution, run.config.log.grid)
+    z = latents(0, side * side, run.config.network.latent, run.config.seed, "grid").to(run.engine.device)
+    with torch.no_grad():
+        fakes = torch.cat(
+            [to_uint8(run.engine.ema(part, None, phase.alpha(nimg))).cpu() for part in torch.split(z, 16)]
+        )
+    wanted = min(side * side, run.manifest.num_samples)
+    stored = stream.read_range(Path(run.config.data.path), run.manifest, phase.resolution, 0, wanted)
+    reals = torch.cat([batch.images for batch in stored])
+    if not len(reals):
+        raise DataError(
+            f"{run.config.data.path}: none of its first {wanted} samples at {phase.resolution}² can be read"
+        )
+    reals = reals[torch.arange(side * side) % len(reals)]  # A set smaller than the grid shows its pictures again.
+    folder = run.folder / "samples"
+    folder.mkdir(exist_ok=True)
+    picture = side_by_side(tile(fakes, side), tile(reals, side))
+    save_png(picture, folder / f"{nimg / 1000:08.1f}kimg-{phase.resolution}px.png")
+
+
+def measure(run: Run, phase: Phase, nimg: int) -> None:
+    """Evaluate the EMA; remember it if it is the best of its kind. Stopped where a stop is asked for meanwhile."""
+    beat(f"evaluating at {nimg / 1000:g} kimg")
+    config, engine = run.config, run.engine
+    folders = [Path(config.data.path) / "stats", run.folder / "stats"]
+    row = evaluate(
+        config,
+        run.manifest,
+        engine.ema,
+        phase.alpha(nimg),
+        run.extractor,
+        engine.rank,
+        engine.world,
+        folders,
+        run.pause,
+    )
+    if run.log is None:
+        return
+    run.log.metric({"nimg": nimg, **row})
+    value, name = row[run.extractor.metric], f"{run.extractor.metric} {run.extractor.sha256} {phase.resolution}"
+    run.say(
+        f"{run.extractor.metric} {value:.4f} at {nimg / 1000:g} kimg, {phase.resolution}² (floor "
+        f"{row[run.extractor.metric + '_floor']:.4f}; "
+        f"{row['num_fake']} fakes, {row['num_real']} reals, {row['seconds']:.1f} s)"
+        if value is not None
+        else f"{run.extractor.metric} cannot be computed at {nimg / 1000:g} kimg: generated images are not finite"
+    )
+    old = run.progress
+    if isinstance(value, float) and (old.best_metric is None or old.best_name != name or value < old.best_metric):
+        run.progress = replace(old, best_nimg=nimg, best_metric=value, best_name=name)
+
+
+def save(run: Run) -> None:
+    """Write the checkpoint of this moment, point `best` at the best, and prune."""
+    beat(f"saving at {run.progress.nimg / 1000:g} kimg")
+    state, progress, config = run.engine.state(), run.progress, run.config
+    run.engine.check_same(state)
+
+    def write() -> None:
+        checkpoint.save(run.folder, state, progress, config, run.manifest.real_set)
+        if progress.best_nimg == progress.nimg:
+            checkpoint.point(run.folder, "best", progress.nimg)
+        checkpoint.prune(
+            run.folder, progress.nimg, config.checkpoint.keep, config.checkpoint.keep_every_kimg, progress.best_nimg
+        )
+
+    run.engine.on_main(write)
+
+
+def finish(run: Run) -> None:
+    """Mark the run as finished and say what came out."""
+    run.engine.on_main(lambda: (run.folder / "FINISHED").write_text(f"{run.progress.nimg}\n"))
+    for line in summary(run.folder):
+        run.say(line)
+
+
+# Going on
+
+
+def load_everywhere(engine: Engine, folder: Path) -> Saved:
+    """The checkpoint on each process. UserError on all where one cannot read it."""
+    saved, problem = None, None
+    try:
+        saved = checkpoint.load(folder)
+    except (OSError, SafetensorError) as error:
+        problem = f"{folder} cannot be read ({error}); the disk must be shared by all machines"
+    problem = engine.agree(problem)
+    if saved is None or problem is not None:
+        raise UserError(problem or "")
+    return saved
+
+
+def owes_evaluation(run: Run) -> bool:
+    """Whether the run was stopped after the step that an evaluation was due at, and before it was made."""
+    nimg = run.progress.nimg
+    if nimg == 0:
+        return False
+    phase = run.schedule.at(nimg - 1)
+    due = what_is_due(run.config, run.schedule, phase, nimg - phase.batch, nimg)
+    rows = run.engine.on_main(lambda: read_rows(run.folder / "metrics.jsonl"))
+    return due.evaluate and not any(row["nimg"] == nimg and run.extractor.metric in row for row in rows)
+
+
+def make_up_evaluation(run: Run, state: State) -> State:
+    """Evaluate in the phase that the checkpoint ends, and save what it says."""
+    nimg = run.progress.nimg
+    phase = run.schedule.at(nimg - 1)
+    run.engine.enter(at_lr(phase, run.progress.lr_scale), state)
+    try:
+        measure(run, phase, nimg)
+    except Stopped as stopped:
+        stop_here(run, str(stopped))
+    save(run)
+    return run.engine.state()
+
+
+def roll_back(run: Run, error: Diverged) -> State:
+    """Go back to the newest checkpoint that verifies, with lower learning rates. Raises the error again where the
+    configuration does not ask for that, or has been tried often enough."""
+    config, rollbacks = run.config.optim, run.progress.rollbacks + 1
+    if config.on_divergence == "stop":
+        raise error
+    if rollbacks > config.max_rollbacks:
+        raise Diverged(f"{error} (after {config.max_rollbacks} rollbacks, optim.max_rollbacks)")
+    start = run.engine.on_main(lambda: checkpoint.newest(run.folder, run.say))
+    if start is None:
+        raise Diverged(f"{error} (before the first checkpoint, so there is none to go back to)")
+    saved = load_everywhere(run.engine, start)
+    diverged_at, scale = run.progress.nimg, run.progress.lr_scale * config.rollback_lr
+    run.progress = replace(
+        saved.progress,
+        rollbacks=rollbacks,
+        lr_scale=scale,
+        skipped_steps=run.progress.skipped_steps,
+        seconds=run.progress.seconds,
+    )
+    run.say(
+        f"diverged at {diverged_at / 1000:g} kimg: back to {run.progress.nimg / 1000:g} kimg with learning rates "
+        f"x {scale:g} (rollback {rollbacks} of at most {config.max_rollbacks})"
+    )
+    if run.log is not None:
+        run.log.go_back(run.progress.nimg)
+    # At once, so that a crash before the next checkpoint keeps the lower rates.
+    run.engine.on_main(
+        lambda: checkpoint.save(run.folder, saved.state, run.progress, run.config, run.manifest.real_set)
+    )
+    run.meter = Meter(run.engine.device)
+    return saved.state

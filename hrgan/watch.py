@@ -1,0 +1,223 @@
+"""Ends of a run: who asks it to stop, and who no longer moves.
+
+A thread beside the training reads signals the moment they come, also while the training sits in a collective; says
+once a second, in the store that the processes met at, where this process is; and ends it, with its stack and the
+ranks that are behind, when it has not moved for the time-out. Rooms call `beat` as they make progress. There is one
+watch a process, like the signals that it reads.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from hrgan.errors import UserError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+POST_SECONDS = 1.0
+"""Between two posts of where a process is."""
+
+
+@dataclass
+class _Place:
+    """Where the training is."""
+
+    name: str = "starting"
+    nimg: float = 0.0
+    """Images seen, plus a part of a step; the process with the least is behind."""
+    moved: float = 0.0
+    """time.monotonic() of the last beat."""
+    patient: bool = False
+    """Whether no time-out holds."""
+
+
+_place = _Place()
+
+
+def beat(name: str | None = None, nimg: float | None = None) -> None:
+    """Say that this process moves, and where it is (None: as before). Costs a microsecond."""
+    _place.moved = time.monotonic()
+    if name is not None:
+        _place.name = name
+    if nimg is not None:
+        _place.nimg = nimg
+
+
+@contextmanager
+def patience(name: str) -> Iterator[None]:
+    """In here no time-out holds: for one call into another library that cannot say how far it is."""
+    beat(name)
+    _place.patient = True
+    try:
+        yield
+    finally:
+        _place.patient = False
+        beat()
+
+
+class Watch:
+    """Of this process, from `start` to `stop`."""
+
+    def __init__(self, rank: int, world: int, timeout_seconds: float, stop_at: float | None, store: Any) -> None:
+        """stop_at: time.time() from which a stop is asked for. store: a torch.distributed store of this watch's own;
+        None for a world of one."""
+        self._rank, self._world, self._timeout, self._stop_at = rank, world, timeout_seconds, stop_at
+        self._store = store
+        self._signal: signal.Signals | None = None
+        # Only a launcher's workers end with their parent: `nohup hrgan train &` outlives its shell on purpose.
+        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self._thread = threading.Thread(target=self._run, name="hrgan-watch", daemon=True)
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        """Take over the stop signals. Call from the main thread."""
+        beat("starting", 0)
+        self._wakeup, write_end = socket.socketpair()
+        write_end.setblocking(False)
+        self._write_end = write_end
+        self._before = {number: signal.signal(number, _handled_by_the_thread) for number in STOP_SIGNALS}
+        self._wakeup_before = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Give the signals back."""
+        self._ended.set()
+        signal.set_wakeup_fd(self._wakeup_before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        faulthandler.cancel_dump_traceback_later()
+        self._write_end.close()  # Wakes the thread.
+        self._thread.join()
+        self._wakeup.close()
+
+    def reason(self) -> str | None:
+        """Why this process should stop, if it should: a signal, the time, or a launcher that is gone."""
+        if self._signal is not None:
+            return self._signal.name
+        if self._stop_at is not None and time.time() >= self._stop_at:
+            return "the time limit less limits.margin_minutes"
+        if self._parent is not None and os.getppid() != self._parent:
+            return "the launcher is gone"
+        return None
+
+    def lost(self) -> str:
+        """The ranks that stopped saying where they are, with the place each was last at; "" when all still do. Takes
+        three posts' time."""
+        if self._store is None:
+            return ""
+        try:
+            before = self._posts()
+            time.sleep(3 * POST_SECONDS)
+            after = self._posts()
+        except RuntimeError as error:  # The store is kept by rank 0 or its launcher.
+            return f"rank 0 or its launcher, which keeps the store ({str(error).splitlines()[0][:80]})"
+        return ", ".join(
+            f"rank {rank} ({_where(after[rank])})"
+            for rank in range(self._world)
+            if rank != self._rank and before[rank] == after[rank]
+        )
+
+    # The thread
+
+    def _run(self) -> None:
+        posted = 0.0
+        while not self._ended.is_set():
+            if select.select([self._wakeup], [], [], POST_SECONDS / 2)[0]:
+                for number in self._wakeup.recv(64):
+                    self._take(signal.Signals(number))
+            now = time.monotonic()
+            still = 0.0 if _place.patient else now - _place.moved
+            if still > self._timeout:
+                self._end(still)
+            if now - posted >= POST_SECONDS and not self._ended.is_set():
+                posted = now
+                # Stands behind this thread where that cannot run: it needs no interpreter.
+                faulthandler.dump_traceback_later(self._timeout * 1.5 + 10, exit=True, file=2)
+                self._post()
+
+    def _take(self, number: signal.Signals) -> None:
+        if number == signal.SIGINT and self._signal == signal.SIGINT:
+            os.write(2, b"SIGINT again: ending at once; the last checkpoint is whole\n")
+            os._exit(128 + number)
+        if number in STOP_SIGNALS and self._signal is None:
+            again = ", once more to end at once" if number == signal.SIGINT else ""
+            os.write(2, f"{number.name}: saving at the next step{again}\n".encode())
+            self._signal = number
+
+    def _post(self) -> None:
+        if self._store is not None:
+            try:
+                text = f"{time.time()}|{_place.nimg}|{socket.gethostname()}|{_place.name}"
+                self._store.set(f"hrgan/place/{self._rank}", text)
+            except RuntimeError:  # The store's keeper is gone; the training's next collective says so, or the time-out.
+                self._store = None
+
+    def _posts(self) -> list[str]:
+        keys = [f"hrgan/place/{rank}" for rank in range(self._world)]
+        return [self._store.get(key).decode() if self._store.check([key]) else "||?|not started" for key in keys]
+
+    def _end(self, still: float) -> None:
+        """Name who is behind, print the stacks, leave."""
+        lines = [
+            f"rank {self._rank} ({socket.gethostname()}, process {os.getpid()}) has not moved for {still:.0f} s "
+            f"(limits.timeout_minutes {self._timeout / 60:g}); it is at: {_place.name}"
+        ]
+        if self._store is not None:
+            self._post()
+            try:
+                posts = self._posts()
+                behind = min(float(post.split("|")[1] or -1) for post in posts)
+                for rank, post in enumerate(posts):
+                    age = time.time() - float(post.split("|")[0] or 0)
+                    silent = f"; rank {rank} does not answer (for {age:.0f} s)" if age > 5 * POST_SECONDS else ""
+                    last = float(post.split("|")[1] or -1) == behind
+                    lines.append(f"  rank {rank} is {'behind, ' if last else ''}at: {_where(post)}{silent}")
+            except RuntimeError as error:
+                lines.append(f"  where the others are is not known: {str(error).splitlines()[0]}")
+        os.write(2, ("\n".join(lines) + "\n").encode())
+        faulthandler.dump_traceback(2)
+        os._exit(1)
+
+
+def _where(post: str) -> str:
+    _, _, host, name = post.split("|", 3)
+    return f"{name}, on {host}"
+
+
+def _handled_by_the_thread(number: int, frame: Any) -> None:
+    """Python's part of the handling: the thread has read the signal from the wakeup socket."""
+
+
+def store_of_processes() -> Any:
+    """The store that the processes met at, through a connection of its own: a thread must not wait for the one that
+    the collectives use. None for a world of one."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    # torch has no public name for it.
+    store = dist.distributed_c10d._get_default_store().clone()
+    store.set_timeout(timedelta(seconds=30))
+    return store
+
+
+def stop_time(hours: float | None, margin_minutes: float) -> float | None:
+    """time.time() from which a run should stop: the earlier of `hours` from now and HRGAN_DEADLINE (seconds since
+    1970, which SLURM's scripts set to the end of the job), less the margin."""
+    ends = [time.time() + hours * 3600] if hours is not None else []
+    deadline = os.environ.get("HRGAN_DEADLINE")
+    if deadline:
+        if not deadline.replace(".", "", 1).isdecimal():
+            raise UserError(f"HRGAN_DEADLINE: {deadline!r} is no number of seconds since 1970")
+        ends.append(float(deadline))
+    return min(ends) - margin_minutes * 60 if ends else None
