@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,8 +77,11 @@ def train(args: Namespace) -> None:
 
 
 def evaluate(args: Namespace) -> None:
-    from hrgan.apps.evaluate import evaluate_target
+    from hrgan.apps.evaluate import evaluate_target, watch
 
+    if args.watch:
+        watch(Path(args.target), args.data, args.count, args.every)
+        return
     print(json.dumps(evaluate_target(Path(args.target), args.data, args.count), indent=1))
 
 
@@ -163,6 +167,12 @@ def eval_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--data", type=str, default=None, help="folder of shards (default: the one it was trained on)")
     parser.add_argument("--count", type=int, default=None, help="generated images (default: eval.num_fake of the run)")
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="follow a run: add a row to its metrics.jsonl for each checkpoint that has none, until it is finished",
+    )
+    parser.add_argument("--every", type=float, default=30.0, help="with --watch: seconds between looks")
 
 
 def generate_arguments(parser: Parser) -> None:
@@ -327,7 +337,17 @@ def run_command(words: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; its exit code."""
+    """Run a command; its exit code, which also goes to the file that HRGAN_EXIT_FILE names: a launcher hides it."""
+    code = exit_code(argv)
+    if file := os.environ.get("HRGAN_EXIT_FILE"):
+        partial = Path(f"{file}.{os.getpid()}-{platform.node()}")  # All processes of a training write the same.
+        partial.write_text(f"{code}\n")
+        os.replace(partial, file)
+    return code
+
+
+def exit_code(argv: list[str] | None) -> int:
+    """Run a command, and say what ended it."""
     try:
         run_command(sys.argv[1:] if argv is None else argv)
         return 0
