@@ -311,8 +311,8 @@ def make_up_evaluation(run: Run, state: State) -> State:
 
 
 def roll_back(run: Run, error: Diverged) -> State:
-    """Go back to the newest checkpoint from before the trouble began, with lower learning rates. Raises the error again where the
-    configuration does not ask for that, or has been tried often enough."""
+    """Go back to the newest checkpoint from before the trouble began, with lower learning rates. Raises the error again
+    where the configuration does not ask for that, or it has been tried often enough."""
     config, rollbacks = run.config.optim, run.progress.rollbacks + 1
     if config.on_divergence == "stop":
         raise error
