@@ -187,6 +187,15 @@ def test_the_time_limit_saves_and_the_requeued_job_ends_with_the_same_bits(place
     assert not (run / "STOP").exists()
 
 
+def test_a_training_stops_for_the_time_limit_also_where_no_signal_comes(place: Place) -> None:
+    run = place.folder / "by the clock"
+    place.pace(2)
+    job = place.train(run, "--time=1", "--signal=B:URG@1", margin=40)
+    place.wait_for_requeue(job)
+    assert "(the time limit less limits.margin_minutes)" in said(run)
+    assert "stopped for the time limit at" in said(run)
+
+
 def test_a_lost_node_brings_the_job_back_with_the_same_bits(place: Place, finished: Path) -> None:
     run = place.folder / "lost node"
     place.pace(2)
