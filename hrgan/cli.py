@@ -110,8 +110,20 @@ def bench_step(args: Namespace) -> None:
     from hrgan.apps.bench_step import bench_peer, print_table
     from hrgan.apps.bench_step import bench_step as bench
 
-    rows = bench_peer(args.configuration.data, args.seconds) if args.peer else bench(args.configuration, args.seconds)
-    print(json.dumps(rows, indent=1)) if args.json else print_table(rows)
+    if args.peer:
+        rows = bench_peer(args.configuration.data, args.seconds)
+    else:
+        rows = bench(args.configuration, args.seconds, args.with_saves)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(rows, indent=1)) if args.json else print_table(rows)
+
+
+def bench_world(args: Namespace) -> None:
+    from hrgan.apps.bench_world import bench_world as bench
+    from hrgan.apps.bench_world import print_table
+
+    rows = bench(["--config", args.config], args.processes, args.seconds)
+    print(json.dumps(rows, indent=1)) if args.json else print_table(rows, args.processes)
 
 
 # Their arguments
@@ -216,8 +228,18 @@ def bench_step_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--peer", action="store_true", help="the networks, batches and loss of a measured peer, with the ratio"
     )
+    parser.add_argument(
+        "--with-saves", action="store_true", help="also what checkpoints and looks for a stop take of a run's time"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
     config_arguments(parser)
+
+
+def bench_world_arguments(parser: Parser) -> None:
+    parser.add_argument("--config", type=str, required=True, help="YAML file, for example configs/clothing-64.yaml")
+    parser.add_argument("--processes", type=int, default=2, help="how many train together")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time for each figure")
+    parser.add_argument("--json", action="store_true", help="as JSON")
 
 
 def config_arguments(parser: Parser) -> None:
@@ -245,6 +267,7 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], None], Callable[[Parser], None],
         bench_step_arguments,
         "images per second of training, and what a step spends its time on",
     ),
+    "bench world": (bench_world, bench_world_arguments, "how much faster several processes train than one"),
 }
 CONFIGURED = ("schedule", "train", "bench step")
 """Commands that take a configuration."""
@@ -268,7 +291,7 @@ def split_config(words: list[str]) -> tuple[list[str], str | None, list[tuple[st
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
-        if not name.startswith("--") or name in ("--json", "--peer", "--print_config"):
+        if not name.startswith("--") or name in ("--json", "--peer", "--with-saves", "--print_config"):
             own.append(word)
             continue
         if not equals:

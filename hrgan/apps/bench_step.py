@@ -7,6 +7,7 @@ only when the device is done. Networks are those of the configuration at each re
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -19,11 +20,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from hrgan import checkpoint
+from hrgan.checkpoint import Progress
 from hrgan.config import Config, DataConfig, LossConfig, NetworkConfig, ScheduleConfig, resolutions
 from hrgan.data import manifest as shards
 from hrgan.engine import Engine
+from hrgan.run import LOOK_SECONDS
 from hrgan.schedule import Phase, make_schedule
 from hrgan.train import d_step, g_step, open_reals, penalise, penalty_weight, prepare_step
+from hrgan.watch import Watch
 
 Row = dict[str, Any]
 
@@ -33,19 +38,43 @@ float32, 2 threads, as measured on 2 CPU cores like those of the README's figure
 nothing."""
 
 
-def bench_step(config: Config, seconds: float) -> list[Row]:
+def bench_step(config: Config, seconds: float, with_saves: bool = False) -> list[Row]:
     """A row for each resolution and precision: img_per_sec of the whole step, and the shares of D, G, penalty, EMA
-    and data in it. Batches come from the loader where data.path holds a set, else from memory."""
+    and data in it. Batches come from the loader where data.path holds a set, else from memory. with_saves: also what
+    checkpoints and looks for a reason to stop take of a run's time."""
     rows = []
+    engine = Engine(config)
     for size in resolutions(config):
         for precision in ("float32", "bf16"):
-            engine = Engine(replace(config, precision=precision))
+            engine.config = replace(config, precision=precision)
             phases = make_schedule(config).phases
             phase = next(phase for phase in phases if phase.resolution == size and not phase.fading)
             engine.enter(phase, None)
-            row = {"resolution": size, "precision": precision, "batch": phase.batch}
-            rows.append({**row, **_measure(engine, config, phase, seconds)})
+            row: Row = {"resolution": size, "precision": precision, "batch": phase.batch}
+            row |= _measure(engine, config, phase, seconds)
+            rows.append(row | (_overhead(engine, config, row["img_per_sec"]) if with_saves else {}))
     return rows
+
+
+def _overhead(engine: Engine, config: Config, img_per_sec: float) -> Row:
+    """Seconds of a checkpoint (gathered, compared over the processes, written to the temporary folder's disk) and of a
+    look for a reason to stop, and the share of a run's time that both take at their intervals."""
+    with tempfile.TemporaryDirectory() as folder:
+        watch = Watch(engine.rank, engine.world, 3600, None, None)
+
+        def save() -> None:
+            state = engine.state()
+            engine.check_same(state)
+            engine.on_main(lambda: checkpoint.save(Path(folder), state, Progress(nimg=next(numbers)), config, ""))
+
+        def look() -> None:
+            engine.agree(watch.reason() or ("STOP" if Path(folder, "STOP").exists() else None))
+
+        numbers = count()
+        saving, looking = _seconds_of(save, engine, 1.0), _seconds_of(look, engine, 0.2)
+    between_saves = config.checkpoint.every_kimg * 1000 / img_per_sec
+    share = saving / between_saves + looking / LOOK_SECONDS
+    return {"save_seconds": saving, "look_seconds": looking, "overhead": share}
 
 
 def bench_peer(data: DataConfig, seconds: float) -> list[Row]:
@@ -137,6 +166,7 @@ def print_table(rows: list[Row]) -> None:
         if not torch.cuda.is_available()
         else torch.cuda.get_device_name()
     )
+    overhead = "overhead" in rows[0]
     for column in (
         "size",
         "precision",
@@ -150,11 +180,19 @@ def print_table(rows: list[Row]) -> None:
         "data",
         "reals",
         "x peer",
+        *(("save s", "look ms", "both") if overhead else ()),
     ):
         table.add_column(column, justify="right")
     for row in rows:
         shares = [f"{row['share'][name]:.0%}" for name in ("d", "g", "penalty", "ema", "data")]
         speed = [str(row["batch"]), f"{row['img_per_sec']:.1f}", f"{row['step_ms']:.1f}"]
         ratio = f"{row['ratio']:.2f}" if "ratio" in row else "-"
-        table.add_row(f"{row['resolution']}²", row["precision"], *speed, *shares, row["reals"], ratio)
-    Console(width=110).print(table)
+        ends = []
+        if overhead:
+            ends = [f"{row['save_seconds']:.3f}", f"{row['look_seconds'] * 1000:.3f}", f"{row['overhead']:.3%}"]
+        table.add_row(f"{row['resolution']}²", row["precision"], *speed, *shares, row["reals"], ratio, *ends)
+    Console(width=140).print(table)
+    if overhead:
+        worst = max(row["overhead"] for row in rows)
+        verdict = "met" if worst < 0.01 else "missed"
+        print(f"checkpoints and looks for a stop take at most {worst:.3%} of the time, asked less than 1%: {verdict}")
