@@ -18,7 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,26 +79,42 @@ def die(kill: Kill, where: str) -> NoReturn:
     raise AssertionError("outlived SIGKILL")
 
 
+def soon(kill: Kill, place: str, calls: int) -> None:
+    """Die at one of the next `calls` calls that hrgan's code makes."""
+    hrgan = str(ROOT / "hrgan") + os.sep
+    left = iter(range(int(kill.part * calls)))
+
+    def called(frame: Any, event: str, argument: Any) -> None:
+        at = frame.f_code
+        if event in ("call", "c_call") and at.co_filename.startswith(hrgan) and next(left, None) is None:
+            die(kill, f"{place}, at {getattr(argument, '__name__', at.co_name)} in {at.co_name}")
+
+    sys.setprofile(called)
+
+
 def within(kill: Kill, room: Any, name: str, calls: int, applies: Callable[..., bool] = lambda *_: True) -> None:
     """Die at one of the first `calls` calls that hrgan's code makes inside a function, at the latest at its end."""
     original, count = getattr(room, name), iter(range(10**6))
-    hrgan = str(ROOT / "hrgan") + os.sep
 
     def function(*arguments: Any, **keywords: Any) -> Any:
         if not applies(*arguments) or next(count) < kill.after:
             return original(*arguments, **keywords)
-        left = iter(range(int(kill.part * calls), 0, -1))
-
-        def called(frame: Any, event: str, argument: Any) -> None:
-            at = frame.f_code
-            if event in ("call", "c_call") and at.co_filename.startswith(hrgan) and next(left, None) is None:
-                die(kill, f"{name}, at {getattr(argument, '__name__', at.co_name)} in {at.co_name}")
-
-        sys.setprofile(called)
+        soon(kill, name, calls)
         original(*arguments, **keywords)
         die(kill, f"the end of {name}")
 
     setattr(room, name, function)
+
+
+def once_met(act: Callable[[], None]) -> None:
+    """Call `act` when the processes have met. Before, it is a launcher that ends the others."""
+    original = Engine.__init__
+
+    def meet(engine: Engine, *arguments: Any) -> None:
+        original(engine, *arguments)
+        act()
+
+    Engine.__init__ = meet  # type: ignore[method-assign]
 
 
 def in_a_write(kill: Kill) -> None:
@@ -120,8 +136,8 @@ def before_latest(kill: Kill) -> None:
     original, count = checkpoint.point, iter(range(10**6))
 
     def point(run: Path, name: str, nimg: int) -> None:
-        if next(count) == kill.after:
-            die(kill, f"{name} not at {nimg} yet")
+        if name == "latest" and next(count) == kill.after:
+            die(kill, f"checkpoint {nimg} there, latest not at it yet")
         original(run, name, nimg)
 
     checkpoint.point = point
@@ -147,7 +163,7 @@ def in_pruning(kill: Kill) -> None:
     original = shutil.rmtree
 
     def rmtree(path: Path, *arguments: Any, **keywords: Any) -> None:
-        if Path(path).name.startswith(".writing-"):
+        if Path(path).name.startswith(".writing-") and Path(path).exists():
             files = sorted(Path(path).iterdir())
             for file in files[: int(kill.part * len(files))]:
                 file.unlink()
@@ -158,10 +174,10 @@ def in_pruning(kill: Kill) -> None:
 
 
 def at_any_time(kill: Kill) -> None:
-    """Die up to three seconds after the start."""
+    """Die up to three seconds after the processes have met."""
     timer = threading.Timer(3 * kill.part, die, (kill, f"{3 * kill.part:.1f} s after the start"))
     timer.daemon = True
-    timer.start()
+    once_met(timer.start)
 
 
 def grows(engine: Engine, phase: Phase, state: State | None) -> bool:
@@ -169,10 +185,10 @@ def grows(engine: Engine, phase: Phase, state: State | None) -> bool:
 
 
 FROM_WITHIN: dict[str, Callable[[Kill], None]] = {
-    "at the start": lambda kill: within(kill, loop, "train", 1400),
+    "at the start": lambda kill: once_met(lambda: soon(kill, "start", 1400)),
     "in a step": lambda kill: within(kill, loop, "d_step", 200),
     "in growth": lambda kill: within(kill, Engine, "enter", 450, grows),
-    "in an evaluation": lambda kill: within(kill, rooms, "measure", 4100),
+    "in an evaluation": lambda kill: within(kill, rooms, "measure", 2500),
     "in a save": lambda kill: within(kill, rooms, "save", 600),
     "in the write of a file": in_a_write,
     "between rename and latest": before_latest,
@@ -306,6 +322,7 @@ class Storm:
     def kill(self, kind: str) -> None:
         """Start what was killed before again and kill that; a run that finishes first is compared and another
         begun."""
+        began = time.monotonic()
         while True:
             start = self.luck.choice(FORMS[self.form]) if kind in FROM_WITHIN else (2, None)
             marker = self.folder / "killed"
@@ -318,8 +335,11 @@ class Storm:
                 break
             self.finished()
         self.tally.kills[kind] += 1
-        self.tally.where.append(f"{start[0]} x {'DDP' if start[1] is None else f'ZeRO-{start[1]}'}: {kind}, "
-                                f"{marker.read_text()}")  # fmt: skip
+        processes, stage = start
+        self.tally.where.append(
+            f"{processes} x {'no DeepSpeed' if stage is None else f'ZeRO-{stage}'}: {kind}, {marker.read_text()} "
+            f"({time.monotonic() - began:.0f} s)"
+        )
         look_after(self.run, self.tally)
 
     def start(self, start: tuple[int, int | None], marker: Path, kind: str) -> None:
@@ -381,7 +401,7 @@ def tallies() -> Iterator[dict[str, Tally]]:
             "kills": sum(tally.kills.total() for tally in found.values()),
             "kills_by_kind": sum((tally.kills for tally in found.values()), Counter()),
             "seconds": round(sum(tally.seconds for tally in found.values()), 1),
-            "forms": {form: asdict(tally) for form, tally in found.items()},
+            "forms": {form: vars(tally) for form, tally in found.items()},
         }
         Path(target).write_text(json.dumps(result, indent=1) + "\n")
 
