@@ -159,11 +159,25 @@ def prune(run: Path, newest: int, keep: int, keep_every_kimg: float | None, best
         kept.update(first.values())
     for nimg in saved:
         if nimg not in kept:
-            doomed = (
-                run / "checkpoints" / f".writing-{nimg}"
-            )  # A kill in the middle must not leave half a folder with a good name.
-            (run / "checkpoints" / str(nimg)).rename(doomed)
-            shutil.rmtree(doomed)
+            _delete(run, nimg)
+
+
+def forget_after(run: Path, nimg: int, best: int | None) -> None:
+    """Delete the checkpoints after `nimg`, which a run went back from; `best` then names an older one or none."""
+    for folder in numbered(run):
+        if int(folder.name) > nimg:
+            _delete(run, int(folder.name))
+    if best is not None:
+        point(run, "best", best)
+    else:
+        (run / "best").unlink(missing_ok=True)
+
+
+def _delete(run: Path, nimg: int) -> None:
+    """A kill in the middle must not leave half a folder with a good name."""
+    doomed = run / "checkpoints" / f".writing-{nimg}"
+    (run / "checkpoints" / str(nimg)).rename(doomed)
+    shutil.rmtree(doomed)
 
 
 # Reading
@@ -201,11 +215,13 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def newest(run: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that verifies; those passed over are said. None when the run has none; UserError when
-    none verifies."""
+def newest(run: Path, say: Callable[[str], None], at_most: int | None = None) -> Path | None:
+    """The newest checkpoint (of at most so many images) that verifies; those passed over are said. None when the run
+    has none; UserError when none verifies."""
     faults = []
     for folder in numbered(run):
+        if at_most is not None and int(folder.name) > at_most:
+            continue
         reason = fault(folder)
         if reason is None:
             return folder

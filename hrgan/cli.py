@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,14 @@ def data_build(args: Namespace) -> None:
         seed=args.seed,
         shard_samples=args.shard_samples,
         overwrite=args.overwrite,
+        part=args.part,
     )
+
+
+def data_merge(args: Namespace) -> None:
+    from hrgan.data.parts import merge
+
+    merge(Path(args.out), args.max_skipped)
 
 
 def data_info(args: Namespace) -> None:
@@ -76,8 +84,11 @@ def train(args: Namespace) -> None:
 
 
 def evaluate(args: Namespace) -> None:
-    from hrgan.apps.evaluate import evaluate_target
+    from hrgan.apps.evaluate import evaluate_target, watch
 
+    if args.watch:
+        watch(Path(args.target), args.data, args.count, args.every)
+        return
     print(json.dumps(evaluate_target(Path(args.target), args.data, args.count), indent=1))
 
 
@@ -136,6 +147,16 @@ def data_build_arguments(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides the stored order")
     parser.add_argument("--shard-samples", type=int, default=None, help="images in a shard (default: by resolution)")
     parser.add_argument("--overwrite", action="store_true", help="replace a set that is there")
+    parser.add_argument(
+        "--part", type=str, default=None, help="I/N: make only part I of N, for `hrgan data merge OUT` to join"
+    )
+
+
+def data_merge_arguments(parser: Parser) -> None:
+    parser.add_argument("out", type=str, help="folder of parts")
+    parser.add_argument(
+        "--max-skipped", type=float, default=None, help="largest share of images that may be skipped (default: theirs)"
+    )
 
 
 def data_info_arguments(parser: Parser) -> None:
@@ -163,6 +184,12 @@ def eval_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--data", type=str, default=None, help="folder of shards (default: the one it was trained on)")
     parser.add_argument("--count", type=int, default=None, help="generated images (default: eval.num_fake of the run)")
+    parser.add_argument(
+        "--watch",
+        action="store_true",
+        help="follow a run: add a row to its metrics.jsonl for each checkpoint that has none, until it is finished",
+    )
+    parser.add_argument("--every", type=float, default=30.0, help="with --watch: seconds between looks")
 
 
 def generate_arguments(parser: Parser) -> None:
@@ -201,6 +228,7 @@ def config_arguments(parser: Parser) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[Namespace], None], Callable[[Parser], None], str]] = {
     "data build": (data_build, data_build_arguments, "turn a folder of images into shards"),
+    "data merge": (data_merge, data_merge_arguments, "join the parts of a set that was built with --part"),
     "data info": (data_info, data_info_arguments, "say what a set of shards holds"),
     "data check": (
         data_check,
@@ -327,7 +355,17 @@ def run_command(words: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; its exit code."""
+    """Run a command; its exit code, which also goes to the file that HRGAN_EXIT_FILE names: a launcher hides it."""
+    code = exit_code(argv)
+    if file := os.environ.get("HRGAN_EXIT_FILE"):
+        partial = Path(f"{file}.{os.getpid()}-{platform.node()}")  # All processes of a training write the same.
+        partial.write_text(f"{code}\n")
+        os.replace(partial, file)
+    return code
+
+
+def exit_code(argv: list[str] | None) -> int:
+    """Run a command, and say what ended it."""
     try:
         run_command(sys.argv[1:] if argv is None else argv)
         return 0

@@ -67,7 +67,7 @@ class Engine:
         """Join the processes that `accelerate launch` started. UserError for a kind of launch that is not supported."""
         self.config = config
         # Above the watch's, which says more (watch.py).
-        timeout = timedelta(minutes=config.limits.timeout_minutes * 1.5, seconds=30)
+        timeout = timedelta(minutes=config.limits.timeout_minutes * 1.5, seconds=15)
         if zero.asked_for():
             plugins = zero.plugins(config)
             # On CPUs DeepSpeed would else make a world of one of each process, silently.

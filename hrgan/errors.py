@@ -55,3 +55,8 @@ class Diverged(HrganError):
     """Training produced non-finite numbers too many times in a row; the last checkpoint is untouched."""
 
     exit_code = 5
+
+    def __init__(self, message: str, since: int) -> None:
+        """since: images seen when that began."""
+        super().__init__(message)
+        self.since = since

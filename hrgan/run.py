@@ -172,7 +172,8 @@ def end_tick(run: Run, phase: Phase, nimg: int) -> None:
             f"{in_a_row} steps in a row had non-finite losses or gradients (limit optim.max_skipped "
             f"{config.optim.max_skipped}) before "
             f"{nimg / 1000:g} kimg; checkpoints are untouched: go on with --optim.on_divergence rollback, or start "
-            "another --run with a lower optim.lr or in float32"
+            "another --run with a lower optim.lr or in float32",
+            since=nimg - in_a_row * phase.batch,
         )
 
 
@@ -310,16 +311,16 @@ def make_up_evaluation(run: Run, state: State) -> State:
 
 
 def roll_back(run: Run, error: Diverged) -> State:
-    """Go back to the newest checkpoint that verifies, with lower learning rates. Raises the error again where the
-    configuration does not ask for that, or has been tried often enough."""
+    """Go back to the newest checkpoint from before the trouble began, with lower learning rates. Raises the error again
+    where the configuration does not ask for that, or it has been tried often enough."""
     config, rollbacks = run.config.optim, run.progress.rollbacks + 1
     if config.on_divergence == "stop":
         raise error
     if rollbacks > config.max_rollbacks:
-        raise Diverged(f"{error} (after {config.max_rollbacks} rollbacks, optim.max_rollbacks)")
-    start = run.engine.on_main(lambda: checkpoint.newest(run.folder, run.say))
+        raise Diverged(f"{error} (after {config.max_rollbacks} rollbacks, optim.max_rollbacks)", error.since)
+    start = run.engine.on_main(lambda: checkpoint.newest(run.folder, run.say, error.since))
     if start is None:
-        raise Diverged(f"{error} (before the first checkpoint, so there is none to go back to)")
+        raise Diverged(f"{error} (no checkpoint from before it is left to go back to)", error.since)
     saved = load_everywhere(run.engine, start)
     diverged_at, scale = run.progress.nimg, run.progress.lr_scale * config.rollback_lr
     run.progress = replace(
@@ -335,9 +336,11 @@ def roll_back(run: Run, error: Diverged) -> State:
     )
     if run.log is not None:
         run.log.go_back(run.progress.nimg)
-    # At once, so that a crash before the next checkpoint keeps the lower rates.
-    run.engine.on_main(
-        lambda: checkpoint.save(run.folder, saved.state, run.progress, run.config, run.manifest.real_set)
-    )
+
+    def keep_the_lower_rates() -> None:  # At once, so that a crash before the next checkpoint does not lose them.
+        checkpoint.save(run.folder, saved.state, run.progress, run.config, run.manifest.real_set)
+        checkpoint.forget_after(run.folder, run.progress.nimg, run.progress.best_nimg)
+
+    run.engine.on_main(keep_the_lower_rates)
     run.meter = Meter(run.engine.device)
     return saved.state

@@ -59,8 +59,8 @@ def open_run(folder: Path, config: Config, manifest: Manifest, say: Callable[[st
         # A launcher with --max_restarts takes a stop for a failure.
         raise Stopped(f"{folder} was stopped on request and is not restarted; the same command goes on")
     _lock(folder, say)
-    # A kill in the first moments leaves no more than these.
-    untouched = {path.name for path in folder.iterdir()} <= {LOCK, ".environment.json"}
+    # A kill in the first moments leaves no more than these. SLURM's logs and a stop may be there before the run.
+    untouched = {path.name for path in folder.iterdir()} <= {LOCK, ".environment.json", "slurm", "STOP"}
     start = None if untouched else _reopen(folder, config, manifest, say)
     for marker in ("STOP", "FINISHED"):
         (folder / marker).unlink(missing_ok=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +86,27 @@ class RunLog:
             self.events.close()
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Alone with a file among the processes that write it: the training and `hrgan eval --watch`."""
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        except OSError as error:  # Some cluster file systems have no locks; `open_run` says so at the start of a run.
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        yield
+
+
 def append(path: Path, row: Row) -> None:
-    """Add one line of JSON in a single write, so that a kill leaves whole lines and at most one cut one, which
-    `drop_after` removes."""
-    with path.open("a") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+    """Add one line of JSON in a single write, so that a kill leaves whole lines and at most one cut one, which the
+    next writer removes."""
+    line = json.dumps(row, allow_nan=False) + "\n"
+    with locked(path), path.open("ab") as file:
+        whole = path.read_bytes().rfind(b"\n") + 1
+        if whole < file.tell():  # Another writer was killed in its line: this one would run into it.
+            file.truncate(whole)
+        file.write(line.encode())
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -103,15 +123,17 @@ def read_rows(path: Path) -> list[Row]:
 def drop_after(path: Path, nimg: int) -> None:
     """Keep the rows up to `nimg`, atomically."""
     if path.exists():
-        partial = path.with_name(f".{path.name}")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if row["nimg"] <= nimg))
-        os.replace(partial, path)
+        with locked(path):
+            partial = path.with_name(f".{path.name}")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in read_rows(path) if row["nimg"] <= nimg))
+            os.replace(partial, path)
 
 
 def summary(run: Path) -> list[str]:
     """Lines for the end of a run: its metric at the first and last evaluation of the last resolution, and its newest
     picture."""
-    rows = read_rows(run / "metrics.jsonl")
+    # In order of nimg: `hrgan eval --watch` adds the rows of older checkpoints after those of newer ones.
+    rows = sorted(read_rows(run / "metrics.jsonl"), key=lambda row: int(row["nimg"]))
     rows = [row for row in rows if row["resolution"] == rows[-1]["resolution"]]
     lines = []
     if rows:
