@@ -33,6 +33,8 @@ from hrgan.networks import AUTOCAST, make_discriminator, make_generator
 from hrgan.schedule import Phase
 
 Tensors = dict[str, Tensor]
+TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]  # torch does not say that it exports them
+PrefixStore: Any = dist.PrefixStore  # type: ignore[attr-defined]
 PARTS = ("generator", "discriminator", "ema", "adam_generator", "adam_discriminator")
 Result = TypeVar("Result")
 
@@ -68,6 +70,7 @@ class Engine:
         self.config = config
         # Above the watch's, which says more (watch.py).
         timeout = timedelta(minutes=config.limits.timeout_minutes * 1.5, seconds=15)
+        _meet_after_restart(timeout)
         if zero.asked_for():
             plugins = zero.plugins(config)
             # On CPUs DeepSpeed would else make a world of one of each process, silently.
@@ -79,7 +82,7 @@ class Engine:
             self.accelerator = Accelerator(
                 mixed_precision="no",
                 kwargs_handlers=[
-                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
                     InitProcessGroupKwargs(timeout=timeout),
                 ],
             )
@@ -93,6 +96,10 @@ class Engine:
         self.device: torch.device = self.accelerator.device
         self.zero_stage: int | None = None
         """Of DeepSpeed; None without it."""
+        if zero.asked_for() and kind != DistributedType.DEEPSPEED:
+            raise UserError(
+                f"launch: DeepSpeed was asked for but Accelerate formed {kind}; leave ACCELERATE_USE_CPU unset with it"
+            )
         if kind == DistributedType.DEEPSPEED:
             self.zero_stage = self.accelerator.state.deepspeed_plugin.zero_stage
         if int(os.environ.get("WORLD_SIZE", self.world)) != self.world:
@@ -100,14 +107,26 @@ class Engine:
                 f"launch: WORLD_SIZE is {os.environ['WORLD_SIZE']} but Accelerate formed a world of {self.world}; "
                 "on CPUs start with ACCELERATE_USE_CPU=true accelerate launch --config_file launch/cpu-2.yaml"
             )
+        self.store: Any = None
+        """For what processes tell each other without a collective; None for one process."""
         if self.world > 1:
             # What only the hosts agree on neither waits for the GPUs nor makes them wait.
             self._hosts: Any = dist.new_group(backend="gloo", timeout=timeout)
-            self._store, self._calls = watch.store_of_processes(), 0
+            self.store, self._calls = self._make_store(timeout), 0
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = not config.deterministic
             torch.use_deterministic_algorithms(config.deterministic)
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+    def _make_store(self, timeout: timedelta) -> Any:
+        """A store that rank 0 keeps, for waiting and for the watch: the launcher's own may end before the processes
+        do."""
+        host, port = os.environ["MASTER_ADDR"], [0]
+        kept = TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.rank == 0 else None
+        if kept is not None:
+            port = [kept.port]
+        dist.broadcast_object_list(port, group=self._hosts)
+        return kept or TCPStore(host, port[0], is_master=False, timeout=timeout)
 
     @property
     def name(self) -> str:
@@ -280,13 +299,13 @@ class Engine:
 
     def _share_main(self, outcome: list[Any]) -> None:
         """Bring the main process's outcome to all, once it is there."""
-        if self.world == 1:
+        if self.store is None:
             return
         self._calls += 1
         key = f"hrgan/main/{self._calls}"
         if self.rank == 0:
-            self._store.set(key, "done")
-        while not self._store.check([key]):  # Rank 0's own watch ends it, and so all, when it does not move.
+            self.store.set(key, "done")
+        while not self.store.check([key]):  # Rank 0's own watch ends it, and so all, when it does not move.
             watch.beat()
             time.sleep(0.02)
         dist.broadcast_object_list(outcome, group=self._hosts)
@@ -314,6 +333,22 @@ class Engine:
     def close(self) -> None:
         """Leave the process group."""
         self.accelerator.end_training()
+
+
+def _meet_after_restart(timeout: timedelta) -> None:
+    """Join the processes that a launcher restarted (--max_restarts). It keeps its store over a restart, where gloo and
+    NCCL would find the addresses of the dead; Accelerate takes over a group that is there."""
+    attempt, world = (int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE"))
+    if attempt == 0 or world < 2:
+        return
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=PrefixStore(f"attempt_{attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=world,
+        timeout=timeout,
+    )
 
 
 def _known(error: Exception) -> UserError | None:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from hrgan.errors import Stopped, UserError
@@ -69,10 +68,11 @@ class Watch:
     """Of this process, from `start` to `stop`."""
 
     def __init__(self, rank: int, world: int, timeout_seconds: float, stop_at: float | None, store: Any) -> None:
-        """stop_at: time.time() from which a stop is asked for. store: a torch.distributed store of this watch's own;
-        None for a world of one."""
+        """stop_at: time.time() from which a stop is asked for. store: the processes' torch.distributed store; None for
+        a world of one."""
         self._rank, self._world, self._timeout, self._stop_at = rank, world, timeout_seconds, stop_at
-        self._store = store
+        # A connection of its own: the thread must not wait for the training's.
+        self._store = store.clone() if store is not None else None
         self._signal: signal.Signals | None = None
         # Only a launcher's workers end with their parent: `nohup hrgan train &` outlives its shell on purpose.
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
@@ -164,7 +164,8 @@ class Watch:
 
     def _posts(self) -> list[str]:
         keys = [f"hrgan/place/{rank}" for rank in range(self._world)]
-        return [self._store.get(key).decode() if self._store.check([key]) else "||?|not started" for key in keys]
+        store: Any = self._store
+        return [store.get(key).decode() if store.check([key]) else "||?|not started" for key in keys]
 
     def _end(self, still: float) -> None:
         """Name who is behind, print the stacks, leave."""
@@ -176,12 +177,12 @@ class Watch:
             self._post()
             try:
                 posts = self._posts()
-                behind = min(float(post.split("|")[1] or -1) for post in posts)
+                reached = [float(post.split("|")[1] or -1) for post in posts]
                 for rank, post in enumerate(posts):
                     age = time.time() - float(post.split("|")[0] or 0)
                     silent = f"; rank {rank} does not answer (for {age:.0f} s)" if age > 5 * POST_SECONDS else ""
-                    last = float(post.split("|")[1] or -1) == behind
-                    lines.append(f"  rank {rank} is {'behind, ' if last else ''}at: {_where(post)}{silent}")
+                    behind = "behind, " if reached[rank] < max(reached) else ""
+                    lines.append(f"  rank {rank} is {behind}at: {_where(post)}{silent}")
             except RuntimeError as error:
                 lines.append(f"  where the others are is not known: {str(error).splitlines()[0]}")
         os.write(2, ("\n".join(lines) + "\n").encode())
@@ -196,19 +197,6 @@ def _where(post: str) -> str:
 
 def _handled_by_the_thread(number: int, frame: Any) -> None:
     """Python's part of the handling: the thread has read the signal from the wakeup socket."""
-
-
-def store_of_processes() -> Any:
-    """The store that the processes met at, through a connection of its own: a thread must not wait for the one that
-    the collectives use. None for a world of one."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return None
-    # torch has no public name for it.
-    store = dist.distributed_c10d._get_default_store().clone()
-    store.set_timeout(timedelta(seconds=30))
-    return store
 
 
 def stop_time(hours: float | None, margin_minutes: float) -> float | None:
