@@ -406,6 +406,29 @@ def tallies() -> Iterator[dict[str, Tally]]:
         Path(target).write_text(json.dumps(result, indent=1) + "\n")
 
 
+def kept(run: Path) -> dict[str, Any]:
+    """What a run leaves besides tensors and records."""
+    found: dict[str, Any] = {name: (run / name).read_text() for name in ("latest", "best")}
+    return found | {name: sorted(os.listdir(run / name)) for name in ("checkpoints", "samples")}
+
+
+@pytest.mark.parametrize(("kind", "after"), [("between rename and latest", 2), ("in pruning", 0)])
+def test_what_a_kill_left_undone_after_the_last_checkpoint_is_made_up_for(
+    kind: str, after: int, tmp_path: Path, tiny: Path, children: Children
+) -> None:
+    words = ("--schedule.total_kimg", "0.048", "--checkpoint.keep", "2", "--eval.every_kimg", "0.016")
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    assert children.run(tmp_path / "log", train, str(tiny), str(whole), *words)[0] == 0
+    kill = Kill(kind, 0, after, 0.5, str(tmp_path / "killed"))
+    code, text = children.run(tmp_path / "log", killed, kill, str(tiny), str(run), *words)
+    assert code == -signal.SIGKILL, text
+    assert kept(run) != kept(whole)
+    code, text = children.run(tmp_path / "log", train, str(tiny), str(run), *words)
+    assert code == 0, text
+    assert kept(run) == kept(whole)
+    assert_same_bits(run, whole)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900 + 90 * KILLS)
 @pytest.mark.parametrize("form", FORMS)
@@ -428,8 +451,10 @@ def test_runs_killed_again_and_again_end_as_one_that_was_never_killed(
     tally, began = tallies.setdefault(form, Tally()), time.monotonic()
 
     def compare(run: Path) -> None:
+        assert (run / "latest").read_text() == (whole / "latest").read_text()
         if not changing:
             assert_same_bits(run, whole)
+            assert kept(run) == kept(whole)
             return
         initial = initial_tensors(from_dict(yaml.safe_load((whole / "config.yaml").read_text())))
         error = relative_error(run, whole, initial)
