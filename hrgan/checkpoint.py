@@ -74,8 +74,7 @@ def save(run: Path, state: State, progress: Progress, config: Config, real_set: 
         "config": asdict(config),
     }
     with clear_on_full_disk(partial):
-        for leftover in folder.glob(".writing-*"):
-            shutil.rmtree(leftover)
+        _sweep(folder)
         partial.mkdir(parents=True)
         hashes = {}
         for name in PARTS:
@@ -96,7 +95,9 @@ def save(run: Path, state: State, progress: Progress, config: Config, real_set: 
 
 
 def point(run: Path, name: str, nimg: int) -> None:
-    """Make `run/name` (latest or best) name the checkpoint of `nimg`, atomically."""
+    """Make `run/name` (latest or best) name the checkpoint of `nimg`, atomically, if it does not yet."""
+    if (run / name).exists() and (run / name).read_text() == f"{nimg}\n":
+        return
     partial = run / f".{name}"
     write_durably(partial, f"{nimg}\n".encode())
     os.replace(partial, run / name)
@@ -151,6 +152,7 @@ def prune(run: Path, newest: int, keep: int, keep_every_kimg: float | None, best
 
     Any after `newest` did not verify when the run went on; they must not take the place of good ones.
     """
+    _sweep(run / "checkpoints")
     saved = sorted(int(path.name) for path in numbered(run) if int(path.name) <= newest)
     kept = {*saved[-keep:], best}
     if keep_every_kimg is not None:
@@ -172,6 +174,12 @@ def forget_after(run: Path, nimg: int, best: int | None) -> None:
         point(run, "best", best)
     else:
         (run / "best").unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what kills left half written or half deleted."""
+    for leftover in folder.glob(".writing-*"):
+        shutil.rmtree(leftover)
 
 
 def _delete(run: Path, nimg: int) -> None:

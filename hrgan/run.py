@@ -264,13 +264,19 @@ def save(run: Run) -> None:
 
     def write() -> None:
         checkpoint.save(run.folder, state, progress, config, run.manifest.real_set)
-        if progress.best_nimg == progress.nimg:
-            checkpoint.point(run.folder, "best", progress.nimg)
-        checkpoint.prune(
-            run.folder, progress.nimg, config.checkpoint.keep, config.checkpoint.keep_every_kimg, progress.best_nimg
-        )
+        settle(run)
 
     run.engine.on_main(write)
+
+
+def settle(run: Run) -> None:
+    """What follows once a checkpoint is in place: `latest` and `best` name theirs, old ones go. Also when a run goes on,
+    because a kill may have come between; a finished run would else keep an old `latest` for ever. On one process."""
+    progress, limits = run.progress, run.config.checkpoint
+    checkpoint.point(run.folder, "latest", progress.nimg)
+    if progress.best_nimg is not None:
+        checkpoint.point(run.folder, "best", progress.best_nimg)
+    checkpoint.prune(run.folder, progress.nimg, limits.keep, limits.keep_every_kimg, progress.best_nimg)
 
 
 def finish(run: Run) -> None:

@@ -30,7 +30,17 @@ from hrgan.networks import full_precision
 from hrgan.networks.layers import downsample, upsample
 from hrgan.noise import draw, local_rows, pixel_noise
 from hrgan.pictures import to_float
-from hrgan.run import Run, at_lr, between_steps, finish, load_everywhere, make_up_evaluation, owes_evaluation, roll_back
+from hrgan.run import (
+    Run,
+    at_lr,
+    between_steps,
+    finish,
+    load_everywhere,
+    make_up_evaluation,
+    owes_evaluation,
+    roll_back,
+    settle,
+)
 from hrgan.rundir import check_shards, open_run
 from hrgan.schedule import Phase, make_schedule, what_is_due
 from hrgan.watch import Watch, beat, patience, stop_time
@@ -175,6 +185,8 @@ def train(config: Config, folder: Path) -> None:
             extractor = make_extractor(weights, engine.device)
             meter = Meter(engine.device)
             run = Run(config, folder, engine, schedule, manifest, extractor, log, progress, meter, watch=watch)
+            if saved is not None:
+                engine.on_main(lambda: settle(run))
             if progress.nimg >= schedule.nimg_total and not owes_evaluation(run):
                 run.say(f"{folder} is finished at {progress.nimg / 1000:g} kimg; raise schedule.total_kimg to go on")
                 finish(run)

@@ -62,6 +62,14 @@ def _child(target: Callable[..., Any], arguments: tuple[Any, ...], environment: 
     sys.exit(code or 0)
 
 
+def free_port() -> int:
+    """A port of this machine that nothing listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 class Children:
     """Runs functions in processes forked from one that has imported hrgan, so that each starts in a moment."""
 
@@ -81,10 +89,7 @@ class Children:
     ) -> tuple[int, str]:
         """(exit code of the first process, or -9 if killed; what they printed). zero: DeepSpeed's stage, as a launch
         for DeepSpeed would set it; more: variables of the environment."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        children = []
+        port, children = free_port(), []
         for rank in range(world):
             environment = {"ACCELERATE_USE_CPU": "true"}
             if zero is not None:
