@@ -270,8 +270,10 @@ def save(run: Run) -> None:
 
 
 def settle(run: Run) -> None:
-    """What follows once a checkpoint is in place: `latest` and `best` name theirs, old ones go. Also when a run goes on,
-    because a kill may have come between; a finished run would else keep an old `latest` for ever. On one process."""
+    """What follows once a checkpoint is in place: `latest` and `best` name theirs, old ones go. On one process.
+
+    Also when a run goes on, because a kill may have come between; a finished run would keep an old `latest` for ever.
+    """
     progress, limits = run.progress, run.config.checkpoint
     checkpoint.point(run.folder, "latest", progress.nimg)
     if progress.best_nimg is not None:

@@ -87,6 +87,7 @@ class Watch:
         self._write_end = write_end
         self._before = {number: signal.signal(number, _handled_by_the_thread) for number in STOP_SIGNALS}
         self._wakeup_before = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
+        self._post()
         self._thread.start()
 
     def stop(self) -> None:

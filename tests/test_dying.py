@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from hrgan import checkpoint
+from hrgan.watch import POST_SECONDS
 from tests.conftest import TINY, Children
 from tests.test_train import final_tensors, records, train
 
@@ -52,10 +53,10 @@ def assert_goes_on_like(expected: Path, run: Path, config: Path, world: int, chi
     assert found.keys() == wanted.keys()
     assert not [name for name in wanted if not torch.equal(found[name], wanted[name])]
     for row, same in zip(records(run, "metrics.jsonl"), records(expected, "metrics.jsonl"), strict=True):
-        # Statistics of reals that another number of processes made are summed in another order.
+        # Statistics of reals that another number of processes made are of batches that round differently.
         assert row.keys() == same.keys()
         for key in row.keys() - {"seconds"}:
-            assert row[key] == (pytest.approx(same[key], rel=1e-9) if isinstance(row[key], float) else same[key]), key
+            assert row[key] == (pytest.approx(same[key], rel=1e-6) if isinstance(row[key], float) else same[key]), key
     assert (run / "FINISHED").exists()
     assert not (run / "STOP").exists()
 
@@ -285,6 +286,7 @@ def test_workers_whose_launcher_is_killed_save_and_end(
 def test_a_killed_worker_ends_all_and_is_named(tmp_path: Path, tiny: Path, launched: Callable[..., Launched]) -> None:
     launch = launched(tmp_path / "log", tiny, tmp_path / "run", *LONG)
     workers = launch.until_saved()
+    time.sleep(2.5 * POST_SECONDS)  # It has said where it is since it began to train.
     workers[1].kill()
     assert launch.process.wait(60) == 1
     _, left = psutil.wait_procs(workers, timeout=10)
