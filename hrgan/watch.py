@@ -39,6 +39,8 @@ class _Place:
     """time.monotonic() of the last beat."""
     patient: bool = False
     """Whether no time-out holds."""
+    waits_for_main: bool = False
+    """Whether it counts as moving for as long as the main process does."""
 
 
 _place = _Place()
@@ -65,6 +67,17 @@ def patience(name: str) -> Iterator[None]:
         beat()
 
 
+@contextmanager
+def waiting_for_main() -> Iterator[None]:
+    """In here the time-out holds for the main process alone: this one moves as long as that says where it is."""
+    _place.waits_for_main = True
+    try:
+        yield
+    finally:
+        _place.waits_for_main = False
+        beat()
+
+
 class Watch:
     """Of this process, from `start` to `stop`."""
 
@@ -74,6 +87,10 @@ class Watch:
         self._rank, self._world, self._timeout, self._stop_at = rank, world, timeout_seconds, stop_at
         self._store = store
         self._signal: signal.Signals | None = None
+        self._interrupts = 0
+        self._main_post = b""
+        self._store_fault: str | None = None
+        self._store_closed = False
         # Only a launcher's workers end with their parent: `nohup hrgan train &` outlives its shell on purpose.
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._thread = threading.Thread(target=self._run, name="hrgan-watch", daemon=True)
@@ -87,6 +104,7 @@ class Watch:
         self._write_end = write_end
         self._before = {number: signal.signal(number, _handled_by_the_thread) for number in STOP_SIGNALS}
         self._wakeup_before = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
+        self._post()  # All are there before any asks for them.
         self._thread.start()
 
     def stop(self) -> None:
@@ -114,7 +132,7 @@ class Watch:
         """The ranks that stopped saying where they are, with the place each was last at; "" when all still do. Takes
         three posts' time."""
         if self._store is None:
-            return ""
+            return f"rank 0 or its launcher, which kept the store ({self._store_fault})" if self._store_fault else ""
         try:
             before = self._posts()
             time.sleep(3 * POST_SECONDS)
@@ -144,9 +162,12 @@ class Watch:
                 # Stands behind this thread where that cannot run: it needs no interpreter.
                 faulthandler.dump_traceback_later(self._timeout * 1.5 + 10, exit=True, file=2)
                 self._post()
+                if _place.waits_for_main and self._main_goes_on():
+                    beat()
 
     def _take(self, number: signal.Signals) -> None:
-        if number == signal.SIGINT and self._signal == signal.SIGINT:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             os.write(2, b"SIGINT again: ending at once; the last checkpoint is whole\n")
             os._exit(128 + number)
         if number in STOP_SIGNALS and self._signal is None:
@@ -159,12 +180,32 @@ class Watch:
             try:
                 text = f"{time.time()}|{_place.nimg}|{socket.gethostname()}|{_place.name}"
                 self._store.set(f"hrgan/place/{self._rank}", text)
-            except RuntimeError:  # The store's keeper is gone; the training's next collective says so, or the time-out.
-                self._store = None
+            except RuntimeError as error:
+                self._lose_store(error)
+
+    def _main_goes_on(self) -> bool:
+        """Whether rank 0 has posted since the last look. Its own watch ends it when its training does not move; one
+        that is frozen, or cut off, posts no more."""
+        if self._store is None:
+            return self._store_fault is None or self._store_closed
+        try:
+            before, self._main_post = self._main_post, self._store.get("hrgan/place/0")
+        except RuntimeError as error:
+            self._lose_store(error)
+            return self._store_closed
+        return self._main_post != before
+
+    def _lose_store(self, error: RuntimeError) -> None:
+        """Do without it. It closes with its keeper, rank 0 or rank 0's launcher, which says little: where rank 0 itself
+        is gone, the next collective fails at once. A keeper that is frozen or cut off leaves it open and silent."""
+        from torch.distributed import DistNetworkError  # Rooms that need no torch use this one too.
+
+        self._store, self._store_fault = None, str(error).splitlines()[0][:80]
+        self._store_closed = isinstance(error, DistNetworkError)
 
     def _posts(self) -> list[str]:
         keys = [f"hrgan/place/{rank}" for rank in range(self._world)]
-        return [self._store.get(key).decode() if self._store.check([key]) else "||?|not started" for key in keys]
+        return [self._store.get(key).decode() for key in keys]  # Unlike check(), it never waits for ever.
 
     def _end(self, still: float) -> None:
         """Name who is behind, print the stacks, leave."""
@@ -183,7 +224,9 @@ class Watch:
                     last = float(post.split("|")[1] or -1) == behind
                     lines.append(f"  rank {rank} is {'behind, ' if last else ''}at: {_where(post)}{silent}")
             except RuntimeError as error:
-                lines.append(f"  where the others are is not known: {str(error).splitlines()[0]}")
+                self._lose_store(error)
+        if self._store_fault is not None:
+            lines.append(f"  rank 0 or its launcher, which keeps the store, does not answer ({self._store_fault})")
         os.write(2, ("\n".join(lines) + "\n").encode())
         faulthandler.dump_traceback(2)
         os._exit(1)
@@ -207,7 +250,7 @@ def store_of_processes() -> Any:
         return None
     # torch has no public name for it.
     store = dist.distributed_c10d._get_default_store().clone()
-    store.set_timeout(timedelta(seconds=30))
+    store.set_timeout(timedelta(seconds=10))
     return store
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,10 +176,12 @@ def test_a_stop_during_an_evaluation_or_a_save_leaves_nothing_out(
     world: int,
     tmp_path: Path,
     tiny: Path,
+    shards: Path,
     whole: Callable[[int], Path],
     children: Children,
 ) -> None:
     run = tmp_path / "run"
+    shutil.rmtree(shards / "stats", ignore_errors=True)  # Else the reals' statistics are there from another run.
     code, output = children.run(tmp_path / "log", stopped_while, activity, nimg, str(tiny), str(run), world=world)
     assert code == 3, output
     if activity != "save":  # The evaluation was left, its checkpoint made.
