@@ -39,7 +39,14 @@ def data_build(args: Namespace) -> None:
         seed=args.seed,
         shard_samples=args.shard_samples,
         overwrite=args.overwrite,
+        part=args.part,
     )
+
+
+def data_merge(args: Namespace) -> None:
+    from hrgan.data.parts import merge
+
+    merge(Path(args.out), args.max_skipped)
 
 
 def data_info(args: Namespace) -> None:
@@ -140,6 +147,16 @@ def data_build_arguments(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides the stored order")
     parser.add_argument("--shard-samples", type=int, default=None, help="images in a shard (default: by resolution)")
     parser.add_argument("--overwrite", action="store_true", help="replace a set that is there")
+    parser.add_argument(
+        "--part", type=str, default=None, help="I/N: make only part I of N, for `hrgan data merge OUT` to join"
+    )
+
+
+def data_merge_arguments(parser: Parser) -> None:
+    parser.add_argument("out", type=str, help="folder of parts")
+    parser.add_argument(
+        "--max-skipped", type=float, default=None, help="largest share of images that may be skipped (default: theirs)"
+    )
 
 
 def data_info_arguments(parser: Parser) -> None:
@@ -211,6 +228,7 @@ def config_arguments(parser: Parser) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[Namespace], None], Callable[[Parser], None], str]] = {
     "data build": (data_build, data_build_arguments, "turn a folder of images into shards"),
+    "data merge": (data_merge, data_merge_arguments, "join the parts of a set that was built with --part"),
     "data info": (data_info, data_info_arguments, "say what a set of shards holds"),
     "data check": (
         data_check,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from hrgan.errors import UserError
+from hrgan.errors import Stopped, UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POST_SECONDS = 1.0
@@ -264,3 +264,22 @@ def stop_time(hours: float | None, margin_minutes: float) -> float | None:
             raise UserError(f"HRGAN_DEADLINE: {deadline!r} is no number of seconds since 1970")
         ends.append(float(deadline))
     return min(ends) - margin_minutes * 60 if ends else None
+
+
+@contextmanager
+def stopped_by_signals(message: str) -> Iterator[None]:
+    """For commands that can be left anywhere: SIGTERM, SIGINT and SIGUSR1 raise Stopped(message) at once, a second
+    SIGINT ends the process."""
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise KeyboardInterrupt(signal.Signals(number).name)  # No `except Exception` on the way holds it up.
+
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise Stopped(f"{interrupt}: {message}") from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
@@ -22,10 +19,11 @@ from hrgan.config import Config, DataConfig, from_dict, read_yaml
 from hrgan.data import manifest as shards
 from hrgan.data.images import ENDINGS, Unusable, make_tiers, read_image
 from hrgan.data.manifest import Manifest
-from hrgan.errors import DataError, Stopped, UserError
+from hrgan.errors import DataError, UserError
 from hrgan.metrics.extractor import Extractor, make_extractor, settle_weights
 from hrgan.metrics.frechet import Moments, compare, count_real, evaluate
 from hrgan.monitor.log import Row, append, read_rows
+from hrgan.watch import stopped_by_signals
 
 
 def evaluate_target(target: Path, data: str | None, count: int | None) -> Row:
@@ -154,7 +152,7 @@ def watch(run: Path, data: str | None, count: int | None, every: float) -> None:
         raise UserError(f"--every: {every:g}, expected more than 0 seconds")
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; --watch follows a run directory, for example runs/demo")
-    with stopped_by_signals(run):
+    with stopped_by_signals(f"stopped following {run}; the same command goes on"):
         if not (run / "checkpoints").is_dir():
             _say(f"{run}: no training has begun there yet: waiting for it")
         while not (run / "checkpoints").is_dir():  # The last thing that a new run makes.
@@ -171,24 +169,6 @@ def watch(run: Path, data: str | None, count: int | None, every: float) -> None:
             else:
                 time.sleep(every)
     _say(f"{run} is finished and measured; checkpoints passed over: {len(watcher.passed_over)}")
-
-
-@contextmanager
-def stopped_by_signals(run: Path) -> Iterator[None]:
-    """Turn SIGTERM, SIGINT and SIGUSR1 into Stopped at once. A row is written in one call, so none can be torn."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)  # No `except Exception` on the way holds it up.
-
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        raise Stopped(f"{interrupt}: stopped following {run}; the same command goes on") from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _say(line: str) -> None:

@@ -32,10 +32,12 @@ from hrgan.data import manifest as manifests
 from hrgan.data.manifest import Manifest, SetWriter
 from hrgan.data.sources import Index, list_drawn, scan
 from hrgan.errors import DataError, UserError
+from hrgan.watch import STOP_SIGNALS, stopped_by_signals
 
 SKIPPED = "skipped.csv"
 INDEX = "build.sqlite"
 LOCK = "build.lock"
+PARTS = manifests.PARTS
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def build(
     seed: int = 0,
     shard_samples: int | None = None,
     overwrite: bool = False,
-) -> Manifest:
+    part: str | None = None,
+) -> Manifest | None:
     """Build the set `out` from `source` and return its manifest, which is written last: without it `out` is no set.
 
     source: a folder, nested or not, of JPEG, PNG, WebP, BMP or TIFF files; or "drawn:COUNT", the built-in drawn set.
@@ -90,7 +93,8 @@ def build(
     skip images with a shorter side in pixels (0: no limit; smaller ones are enlarged).
     max_skipped: the largest share of the images found that may be skipped: unreadable, too small, decompression bombs,
     or with the bytes of an earlier one. workers: processes (0 or 1: this one). shard_samples: samples in a shard (None:
-    128 to 4096, by resolution). overwrite: replace a finished set in `out`; the old one is deleted first.
+    128 to 4096, by resolution). overwrite: replace a finished set in `out`; the old one is deleted first. part: "i/n"
+    makes only part i of n, in `out/parts`, for parts.merge to join, and returns None.
 
     Raises UserError for wrong arguments, a missing source, an `out` that is busy or holds other files, or a full disk;
     DataError for no usable images or too many skipped (`out/skipped.csv` lists them). No error leaves a manifest
@@ -116,48 +120,70 @@ def build(
     tiers = manifests.valid_tiers(resolution)
     options = Options(source if drawn is None else None, tiers, image_format, quality, channels, min_size, seed)
     per_shard = shard_samples or max(128, min(4096, 2**27 // resolution**2))
-    with _disk_errors_named(out):
+    plan = Plan(options, name, drawn, labels == "folder", per_shard, max_skipped)
+    with disk_errors_named(out), stopped_by_signals(f"{out}: building was stopped; the same command builds it"):
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
-            _prepare(out, overwrite)
-            try:
-                with _disk_errors_named(out):
-                    result = _build(out, name, options, drawn, labels == "folder", per_shard, workers, max_skipped)
-                    manifests.save(result, out)
-            except BaseException:
-                _clean(out, keep=SKIPPED)
-                raise
-    return result
+        if part is not None:
+            from hrgan.data.parts import build_part
+
+            build_part(plan, out, part, workers, overwrite)
+            return None
+        with locked(out / LOCK):
+            prepare(out, overwrite)
+            with cleaned_on_failure(out), contextlib.closing(Index(out / INDEX, options.seed)) as index:
+                listed = list_source(plan, index, out)
+                results = made(options, index.files(), workers)
+                return write_set(plan, out, index, listed, results)
 
 
-def _build(
-    out: Path,
-    name: str,
-    options: Options,
-    drawn: int | None,
-    labelled: bool,
-    per_shard: int,
-    workers: int,
-    max_skipped: float,
-) -> Manifest:
-    """Everything between the lock and the manifest: find, order, make, write, count."""
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides a set besides the source's files."""
+
+    options: Options
+    name: str
+    drawn: int | None
+    """Pictures of the drawn set, or None for a folder."""
+    labelled: bool
+    per_shard: int
+    max_skipped: float
+
+
+class Listed(NamedTuple):
+    """What a source holds: files, and their classes."""
+
+    found: int
+    classes: tuple[str, ...]
+
+
+def list_source(plan: Plan, index: Index, out: Path) -> Listed:
+    """Put the source's files into the index."""
+    if plan.drawn is None:
+        scan(index, Path(plan.options.source or ""), out, plan.labelled)
+    else:
+        list_drawn(index, plan.drawn, plan.options.seed, plan.labelled)
+    return Listed(index.found, index.classes() if plan.labelled else ())
+
+
+def write_set(plan: Plan, out: Path, index: Index, listed: Listed, results: Generator[Result, None, None]) -> Manifest:
+    """Write the pictures in their order, drop duplicates, count, and write the manifest last. index: notes the
+    contents seen; it is removed."""
     from hrgan.data.images import FILTER
 
-    with contextlib.closing(Index(out / INDEX, options.seed)) as index:
-        if drawn is None:
-            scan(index, Path(options.source or ""), out, labelled)
-        else:
-            list_drawn(index, drawn, options.seed, labelled)
-        classes = index.classes() if labelled else ()
-        with contextlib.closing(SetWriter(out, name, options.tiers, options.format, per_shard)) as writer:
-            skipped, counts = _write_samples(out, index, options, classes, writer, workers)
-            shards = writer.finish()
-        found = index.found
+    options, (found, classes) = plan.options, listed
+    with (
+        disk_errors_named(out),
+        contextlib.closing(results),
+        contextlib.closing(SetWriter(out, plan.name, options.tiers, options.format, plan.per_shard)) as writer,
+    ):
+        skipped, counts = _write_samples(out, index, results, listed, writer)
+        shards = writer.finish()
+    index.close()
     (out / INDEX).unlink()
-    _report(out, found, sum(counts.values()), skipped, max_skipped)
+    _report(out, found, sum(counts.values()), skipped, plan.max_skipped)
     result = Manifest(
         version=manifests.VERSION,
-        name=name,
+        name=plan.name,
         channels=options.channels,
         bits=8,
         resolution=options.tiers[-1],
@@ -172,33 +198,34 @@ def _build(
         real_set="",
         tiers=shards,
     )
-    return manifests.with_set_hash(result)
+    result = manifests.with_set_hash(result)
+    manifests.save(result, out)
+    return result
 
 
 def _write_samples(
-    out: Path, index: Index, options: Options, classes: tuple[str, ...], writer: SetWriter, workers: int
+    out: Path, index: Index, results: Iterator[Result], listed: Listed, writer: SetWriter
 ) -> tuple[Counter[str], Counter[int]]:
-    """Make every picture and write the usable ones; returns how many were skipped by reason and written by label."""
+    """Write the usable pictures; returns how many were skipped by reason and written by label."""
     skipped: Counter[str] = Counter()
     counts: Counter[int] = Counter()
-    numbers = {name: label for label, name in enumerate(classes)}
+    numbers = {name: label for label, name in enumerate(listed.classes)}
     with open(out / SKIPPED, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         lines = csv.writer(file)
         lines.writerow(("file", "reason", "detail"))
-        with contextlib.closing(_made(options, index.files(), workers)) as results:
-            for path, group, made in _shown(results, index.found):
-                reason, detail = made.reason, made.detail
-                if not reason:
-                    earlier = index.earlier(made.content, path)
-                    if earlier is not None:
-                        reason, detail = "duplicate", f"same bytes as {earlier}"
-                if reason:
-                    skipped[reason] += 1
-                    lines.writerow((path, reason, detail))
-                else:
-                    label = numbers.get(group, 0)
-                    counts[label] += 1
-                    writer.write(made.tiers, label, path)
+        for path, group, made in shown(results, listed.found):
+            reason, detail = made.reason, made.detail
+            if not reason:
+                earlier = index.earlier(made.content, path)
+                if earlier is not None:
+                    reason, detail = "duplicate", f"same bytes as {earlier}"
+            if reason:
+                skipped[reason] += 1
+                lines.writerow((path, reason, detail))
+            else:
+                label = numbers.get(group, 0)
+                counts[label] += 1
+                writer.write(made.tiers, label, path)
     return skipped, counts
 
 
@@ -273,7 +300,7 @@ def _check_arguments(
 
 
 @contextlib.contextmanager
-def _disk_errors_named(out: Path) -> Iterator[None]:
+def disk_errors_named(out: Path) -> Iterator[None]:
     """A full or read-only disk as a UserError with the folder, what failed and the free space."""
     try:
         yield
@@ -290,9 +317,8 @@ def _disk_errors_named(out: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One build at a time in a folder. The kernel drops the lock with this process, however that ends."""
-    path = out / LOCK
+def locked(path: Path) -> Iterator[None]:
+    """One build at a time. The kernel drops the lock with this process, however that ends."""
     with open(path, "w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not held by forked workers
@@ -301,7 +327,7 @@ def _locked(out: Path) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             current = False
         if not current:
-            raise UserError(f"{out}: another build is writing here; wait for it or choose another OUT")
+            raise UserError(f"{path.parent}: another build is writing here; wait for it or choose another OUT")
         try:
             yield
         finally:
@@ -323,11 +349,25 @@ def _is_cache(path: Path) -> bool:
     )
 
 
-def _prepare(out: Path, overwrite: bool) -> None:
+@contextlib.contextmanager
+def cleaned_on_failure(out: Path) -> Iterator[None]:
+    """Leave no half set behind, but the list of what was skipped."""
+    try:
+        yield
+    except BaseException:
+        _clean(out, keep=SKIPPED)
+        raise
+
+
+def prepare(out: Path, overwrite: bool, merging: bool = False) -> None:
     """Remove what an interrupted build (or, with overwrite, a finished one) left; UserError for anything else."""
+    if (out / PARTS).is_dir() and not merging:
+        raise UserError(
+            f"{out} holds parts of a set; join them with `hrgan data merge {out}`, or remove {out / PARTS} first"
+        )
     if (out / manifests.FILE).exists() and not overwrite:
         raise UserError(f"{out} already holds a set; add --overwrite to replace it or choose another OUT")
-    ours = {manifests.FILE, manifests.FILE + ".tmp", SKIPPED, INDEX, LOCK}
+    ours = {manifests.FILE, manifests.FILE + ".tmp", SKIPPED, INDEX, LOCK, PARTS}
     for entry in sorted(out.iterdir()):
         if entry.name not in ours and not _is_tier(entry) and not _is_cache(entry):
             raise UserError(f"{out} holds {entry.name}, which no build wrote; choose an empty or new OUT")
@@ -367,7 +407,7 @@ def make(options: Options, path: str) -> Made:
     return Made(content, tuple(images.encode(tier, options.format, options.quality) for tier in tiers))
 
 
-def _made(options: Options, files: Iterator[tuple[str, str]], workers: int) -> Generator[Result, None, None]:
+def made(options: Options, files: Iterator[tuple[str, str]], workers: int) -> Generator[Result, None, None]:
     """(path, class, result) in the order of `files`, at most a few per worker in flight."""
     if workers <= 1:
         for path, group in files:
@@ -392,8 +432,9 @@ def _made(options: Options, files: Iterator[tuple[str, str]], workers: int) -> G
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the main process, and end with it even when it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave stops to the main process, and end with it even when it is killed."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
@@ -404,7 +445,7 @@ def _start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _shown(results: Iterator[Result], total: int) -> Generator[Result, None, None]:
+def shown(results: Iterator[Result], total: int) -> Generator[Result, None, None]:
     """Pass results on while showing progress: a bar on a terminal, else a line each 10 seconds."""
     from rich.console import Console
     from rich.progress import Progress

@@ -21,6 +21,8 @@ from hrgan.errors import DataError, UserError
 
 VERSION = 1
 FILE = "manifest.json"
+PARTS = "parts"
+"""Folder of the parts of a set that is not joined yet."""
 EXTENSIONS = {"webp": "webp", "png": "png", "jpeg": "jpg"}
 REBUILD = "build the set again with --overwrite"
 BLOCK = 512  # POSIX ustar: headers and contents fill blocks of 512 bytes
@@ -118,6 +120,8 @@ def load(root: Path) -> Manifest:
         fields = json.loads(path.read_text())
     except FileNotFoundError:
         remedy = f"run: hrgan data build SRC {root}, or name the folder where the set is now"
+        if (Path(root) / PARTS).is_dir():
+            remedy = f"its parts are not joined yet: run hrgan data merge {root}"
         raise DataError(f"{path} is missing, so {root} is no finished set; {remedy}") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is unreadable ({error}); {REBUILD}") from None

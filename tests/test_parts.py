@@ -1,0 +1,225 @@
+"""A set built in parts is the set that one build makes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hrgan.data import parts
+from hrgan.data.build import build
+from hrgan.errors import DataError, UserError
+from tests.conftest import cli
+
+OPTIONS = {"labels": "folder", "max_skipped": 0.5, "workers": 1, "seed": 3, "shard_samples": 4, "name": "set"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """21 files in two classes: 17 pictures, two of them copies of others, two unreadable."""
+    folder = tmp_path_factory.mktemp("source")
+    numbers = np.random.default_rng(0)
+    for i in range(17):
+        (folder / f"class{i % 2}").mkdir(exist_ok=True)
+        pixels = numbers.integers(0, 256, (20, 20, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"class{i % 2}" / f"{i}.png")
+    for i in (3, 8):
+        shutil.copy(folder / f"class{i % 2}" / f"{i}.png", folder / "class0" / f"copy of {i}.png")
+    for i in range(2):
+        (folder / "class1" / f"broken{i}.png").write_bytes(b"no picture")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def single(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("single") / "set"
+    build(str(source), out, 16, **OPTIONS)
+    return contents(out)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 30])
+def test_joined_parts_are_byte_for_byte_one_build(
+    count: int, source: Path, single: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "set"
+    for number in reversed(range(1, count + 1)):
+        assert build(str(source), out, 16, **OPTIONS, part=f"{number}/{count}") is None
+    parts.merge(out)
+    assert contents(out) == single
+    assert {"manifest.json", "skipped.csv", "16/set-00004.tar"} <= single.keys()
+    assert single["skipped.csv"].count(b"duplicate") == 2
+    assert single["skipped.csv"].count(b"unreadable") == 2
+
+
+def part_words(source: Path, out: Path, part: str) -> list[str]:
+    words = [sys.executable, "-m", "hrgan", "data", "build", str(source), str(out), "--resolution", "16"]
+    words += ["--labels", "folder", "--max-skipped", "0.5", "--workers", "2", "--seed", "3", "--shard-samples", "4"]
+    return [*words, "--name", "set", "--part", part]
+
+
+def test_parts_of_processes_at_the_same_time(source: Path, single: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    running = [subprocess.Popen(part_words(source, out, f"{number}/3")) for number in (1, 2, 3)]
+    assert [process.wait(60) for process in running] == [0, 0, 0]
+    assert cli("data", "merge", str(out)) == 0
+    assert contents(out) == single
+
+
+def test_a_killed_part_is_missing_and_can_be_built_again(
+    source: Path, single: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "set"
+    build(str(source), out, 16, **OPTIONS, part="1/2")
+    child = os.fork()
+    if child == 0:
+        parts.shown = lambda results, total: (os.kill(os.getpid(), signal.SIGKILL) for _ in results)  # type: ignore
+        build(str(source), out, 16, **OPTIONS, part="2/2")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (out / "parts" / ".00002-of-00002.partial").exists()
+    with pytest.raises(UserError, match="parts missing: 2/2"):
+        parts.merge(out)
+    build(str(source), out, 16, **OPTIONS, part="2/2")
+    parts.merge(out)
+    assert contents(out) == single
+
+
+@pytest.mark.parametrize("moment", ["SetWriter", "rmtree"])
+def test_a_killed_merge_is_run_again(moment: str, source: Path, single: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    for number in (1, 2):
+        build(str(source), out, 16, **OPTIONS, part=f"{number}/2")
+    child = os.fork()
+    if child == 0:
+        from hrgan.data.manifest import SetWriter
+
+        count = iter(range(100))
+        write = SetWriter.write
+
+        def killed(*words: object) -> None:
+            if moment == "rmtree" or next(count) == 9:
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(*words)  # type: ignore[arg-type]
+
+        if moment == "rmtree":
+            shutil.rmtree = killed  # type: ignore[assignment]
+        else:
+            SetWriter.write = killed  # type: ignore[assignment]
+        parts.merge(out)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert (out / "manifest.json").exists() == (moment == "rmtree")
+    parts.merge(out)
+    assert contents(out) == single
+
+
+def test_too_many_skipped_are_refused_when_the_parts_are_joined(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    for number in (1, 2):
+        build(str(source), out, 16, **OPTIONS | {"max_skipped": 0.1}, part=f"{number}/2")
+    with pytest.raises(DataError, match="4 of 21 images cannot be used"):
+        parts.merge(out)
+    assert not (out / "manifest.json").exists()
+    assert parts.merge(out, max_skipped=0.2).num_samples == 17
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"quality": 50}, r"part 2/2 was built with other quality \(50\) than part 1/2 \(95\)"),
+        ({"seed": 4}, "part 2/2 was built with other seed"),
+        ({"name": "other"}, "part 2/2 was built with other name"),
+        ({"part": "2/3"}, r"was built with other parts \(3\)"),
+    ],
+)
+def test_parts_of_different_builds_are_not_joined(
+    change: dict[str, object], expected: str, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "set"
+    build(str(source), out, 16, **OPTIONS, part="1/2")
+    build(str(source), out, 16, **{**OPTIONS, "part": "2/2", **change})
+    with pytest.raises(UserError, match=expected):
+        parts.merge(out)
+
+
+def test_a_source_that_changed_between_parts_is_seen(source: Path, tmp_path: Path) -> None:
+    out, copy = tmp_path / "set", tmp_path / "copy"
+    shutil.copytree(source, copy)
+    build(str(copy), out, 16, **OPTIONS, part="1/2")
+    (copy / "class0" / "0.png").rename(copy / "class0" / "renamed.png")
+    build(str(copy), out, 16, **OPTIONS, part="2/2")
+    with pytest.raises(UserError, match="built with other files in its source"):
+        parts.merge(out)
+
+
+def test_a_damaged_part_is_named(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    for number in (1, 2):
+        build(str(source), out, 16, **OPTIONS, part=f"{number}/2")
+    path = out / "parts" / "00001-of-00002.sqlite"
+    content = path.read_bytes()
+    place = content.index(b"WEBP") + 20
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    with pytest.raises(DataError, match=r"00001-of-00002.sqlite: damaged \(the row of .* has another checksum\)"):
+        parts.merge(out)
+    path.write_bytes(content[:5000])
+    with pytest.raises(DataError, match=r"00001-of-00002.sqlite: damaged"):
+        parts.merge(out)
+
+
+@pytest.mark.parametrize("part", ["0/4", "5/4", "x", "1/0", "1"])
+def test_a_wrong_part_is_refused(part: str, source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"--part: '{part}', expected I/N with I from 1 to N"):
+        build(str(source), tmp_path / "set", 16, **OPTIONS, part=part)
+
+
+def test_parts_and_whole_builds_do_not_mix(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "set"
+    build(str(source), out, 16, **OPTIONS, part="1/2")
+    with pytest.raises(UserError, match="holds parts of a set; join them with `hrgan data merge"):
+        build(str(source), out, 16, **OPTIONS)
+    for words in (("data", "info", out), ("data", "check", out)):
+        assert cli(*words) == 4
+        assert f"its parts are not joined yet: run hrgan data merge {out}" in capsys.readouterr().err
+    whole = tmp_path / "whole"
+    build(str(source), whole, 16, **OPTIONS)
+    with pytest.raises(UserError, match="holds a set"):
+        build(str(source), whole, 16, **OPTIONS, part="1/2")
+    with pytest.raises(UserError, match="is a finished set"):
+        parts.merge(whole)
+    with pytest.raises(UserError, match="holds no parts"):
+        parts.merge(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("part", [(), ("--part", "1/2")], ids=["whole", "part"])
+def test_a_stop_ends_a_build_with_nothing_half_done(
+    part: tuple[str, ...], number: signal.Signals, tmp_path: Path
+) -> None:
+    out = tmp_path / "set"
+    words = [sys.executable, "-m", "hrgan", "data", "build", "drawn:50000", str(out), "--resolution", "64", *part]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not list(out.glob("*/set*")) + list(out.glob("64/*.tar")) + list(out.glob("parts/.*.partial")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    began = time.monotonic()
+    os.killpg(process.pid, number)  # As SLURM and terminals do: all processes get it.
+    _, output = process.communicate(timeout=20)
+    assert process.returncode == 3, output
+    assert time.monotonic() - began < 10
+    assert f"{number.name}: {out}: building was stopped; the same command builds it" in output
+    assert "Traceback" not in output
+    assert not (out / "manifest.json").exists()
+    left = {path.name for path in out.rglob("*") if path.is_file()}
+    assert not [name for name in left if name.endswith((".tar", ".sqlite", ".partial", ".index"))], left
