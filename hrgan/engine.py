@@ -32,6 +32,8 @@ from hrgan.networks import AUTOCAST, make_discriminator, make_generator
 from hrgan.schedule import Phase
 
 Tensors = dict[str, Tensor]
+TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]  # torch does not say that it exports them
+PrefixStore: Any = dist.PrefixStore  # type: ignore[attr-defined]
 PARTS = ("generator", "discriminator", "ema", "adam_generator", "adam_discriminator")
 Result = TypeVar("Result")
 
@@ -67,6 +69,7 @@ class Engine:
         self.config = config
         # Above the watch's, which says more (watch.py).
         timeout = timedelta(minutes=config.limits.timeout_minutes * 1.5, seconds=15)
+        _meet_after_restart(timeout)
         if zero.asked_for():
             plugins = zero.plugins(config)
             # On CPUs DeepSpeed would else make a world of one of each process, silently.
@@ -78,7 +81,7 @@ class Engine:
             self.accelerator = Accelerator(
                 mixed_precision="no",
                 kwargs_handlers=[
-                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
                     InitProcessGroupKwargs(timeout=timeout),
                 ],
             )
@@ -99,14 +102,26 @@ class Engine:
                 f"launch: WORLD_SIZE is {os.environ['WORLD_SIZE']} but Accelerate formed a world of {self.world}; "
                 "on CPUs start with ACCELERATE_USE_CPU=true accelerate launch --config_file launch/cpu-2.yaml"
             )
+        self.store: Any = None
+        """Where the processes say where they are (watch.py); None for one process."""
         if self.world > 1:
             # What only the hosts agree on neither waits for the GPUs nor makes them wait. The main process may keep the
             # others waiting as long as it takes; the watch ends a wait for a process that does not move.
             self._hosts: Any = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+            self.store = self._make_store(timeout)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = not config.deterministic
             torch.use_deterministic_algorithms(config.deterministic)
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+    def _make_store(self, timeout: timedelta) -> Any:
+        """A store that rank 0 keeps, for the watch: the launcher's own may end before the processes do."""
+        host, port = os.environ["MASTER_ADDR"], [0]
+        kept = TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.rank == 0 else None
+        if kept is not None:
+            port = [kept.port]
+        dist.broadcast_object_list(port, group=self._hosts)
+        return kept or TCPStore(host, port[0], is_master=False, timeout=timeout)
 
     @property
     def name(self) -> str:
@@ -278,8 +293,7 @@ class Engine:
         return result
 
     def _share_main(self, outcome: list[Any]) -> None:
-        """Bring the main process's outcome to all, once it is there. Not through the store: that ends with the
-        launcher, and a run must still be saved then."""
+        """Bring the main process's outcome to all, once it is there."""
         if self.world > 1:
             with watch.waiting_for_main():
                 dist.broadcast_object_list(outcome, group=self._hosts)
@@ -307,6 +321,22 @@ class Engine:
     def close(self) -> None:
         """Leave the process group."""
         self.accelerator.end_training()
+
+
+def _meet_after_restart(timeout: timedelta) -> None:
+    """Join the processes that a launcher restarted (--max_restarts). It keeps its store over a restart, where gloo and
+    NCCL would find the addresses of the dead; Accelerate takes over a group that is there."""
+    attempt, world = (int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE"))
+    if attempt == 0 or world < 2:
+        return
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=PrefixStore(f"attempt_{attempt}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=world,
+        timeout=timeout,
+    )
 
 
 def _known(error: Exception) -> UserError | None:

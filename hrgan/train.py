@@ -33,7 +33,7 @@ from hrgan.pictures import to_float
 from hrgan.run import Run, at_lr, between_steps, finish, load_everywhere, make_up_evaluation, owes_evaluation, roll_back
 from hrgan.rundir import check_shards, open_run
 from hrgan.schedule import Phase, make_schedule, what_is_due
-from hrgan.watch import Watch, beat, patience, stop_time, store_of_processes
+from hrgan.watch import Watch, beat, patience, stop_time
 
 # Steps
 
@@ -247,7 +247,7 @@ def watching(config: Config, engine: Engine) -> Iterator[Watch]:
     another process's death names that process."""
     limits = config.limits
     stop_at = stop_time(limits.hours, limits.margin_minutes)
-    watch = Watch(engine.rank, engine.world, limits.timeout_minutes * 60, stop_at, store_of_processes())
+    watch = Watch(engine.rank, engine.world, limits.timeout_minutes * 60, stop_at, engine.store)
     watch.start()
     try:
         yield watch

@@ -1,8 +1,8 @@
 """Ends of a run: who asks it to stop, and who no longer moves.
 
 A thread beside the training reads signals the moment they come, also while the training sits in a collective; says
-once a second, in the store that the processes met at, where this process is; and ends it, with its stack and the
-ranks that are behind, when it has not moved for the time-out. Rooms call `beat` as they make progress. There is one
+once a second, on a board for all (board.py), where this process is; and ends it, with its stack and the ranks that are
+behind, when it has not moved for the time-out. Rooms call `beat` as they make progress. There is one
 watch a process, like the signals that it reads.
 """
 
@@ -18,14 +18,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
+from hrgan.board import POST_SECONDS, Board, Post
 from hrgan.errors import Stopped, UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-POST_SECONDS = 1.0
-"""Between two posts of where a process is."""
+KEEPER = "rank 0, which keeps the processes' store,"
 
 
 @dataclass
@@ -82,15 +81,14 @@ class Watch:
     """Of this process, from `start` to `stop`."""
 
     def __init__(self, rank: int, world: int, timeout_seconds: float, stop_at: float | None, store: Any) -> None:
-        """stop_at: time.time() from which a stop is asked for. store: a torch.distributed store of this watch's own;
-        None for a world of one."""
+        """stop_at: time.time() from which a stop is asked for. store: the processes' torch.distributed store; None for
+        a world of one."""
         self._rank, self._world, self._timeout, self._stop_at = rank, world, timeout_seconds, stop_at
-        self._store = store
+        self._board = Board(rank, store) if store is not None else None
+        self._everyone = tuple(range(world))
         self._signal: signal.Signals | None = None
         self._interrupts = 0
-        self._main_post = b""
-        self._store_fault: str | None = None
-        self._store_closed = False
+        self._main_post: Post | None = None
         # Only a launcher's workers end with their parent: `nohup hrgan train &` outlives its shell on purpose.
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._thread = threading.Thread(target=self._run, name="hrgan-watch", daemon=True)
@@ -104,7 +102,8 @@ class Watch:
         self._write_end = write_end
         self._before = {number: signal.signal(number, _handled_by_the_thread) for number in STOP_SIGNALS}
         self._wakeup_before = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
-        self._post()  # All are there before any asks for them.
+        if self._board is not None:
+            self._board.start(_place.nimg, _place.name)
         self._thread.start()
 
     def stop(self) -> None:
@@ -117,6 +116,8 @@ class Watch:
         self._write_end.close()  # Wakes the thread.
         self._thread.join()
         self._wakeup.close()
+        if self._board is not None:
+            self._board.stop()
 
     def reason(self) -> str | None:
         """Why this process should stop, if it should: a signal, the time, or a launcher that is gone."""
@@ -131,24 +132,21 @@ class Watch:
     def lost(self) -> str:
         """The ranks that stopped saying where they are, with the place each was last at; "" when all still do. Takes
         three posts' time."""
-        if self._store is None:
-            return f"rank 0 or its launcher, which kept the store ({self._store_fault})" if self._store_fault else ""
-        try:
-            before = self._posts()
-            time.sleep(3 * POST_SECONDS)
-            after = self._posts()
-        except RuntimeError as error:  # The store is kept by rank 0 or its launcher.
-            return f"rank 0 or its launcher, which keeps the store ({str(error).splitlines()[0][:80]})"
+        if self._board is None:
+            return ""
+        before = self._board.look(self._everyone, 3 * POST_SECONDS)
+        time.sleep(3 * POST_SECONDS)
+        after = self._board.look(self._everyone, 3 * POST_SECONDS)
+        if before is None or after is None:
+            return KEEPER
         return ", ".join(
-            f"rank {rank} ({_where(after[rank])})"
-            for rank in range(self._world)
-            if rank != self._rank and before[rank] == after[rank]
+            f"rank {rank} ({post})" for rank, post in enumerate(after) if rank != self._rank and post == before[rank]
         )
 
     # The thread
 
     def _run(self) -> None:
-        posted = 0.0
+        told = 0.0
         while not self._ended.is_set():
             if select.select([self._wakeup], [], [], POST_SECONDS / 2)[0]:
                 for number in self._wakeup.recv(64):
@@ -157,13 +155,14 @@ class Watch:
             still = 0.0 if _place.patient else now - _place.moved
             if still > self._timeout:
                 self._end(still)
-            if now - posted >= POST_SECONDS and not self._ended.is_set():
-                posted = now
+            if now - told >= POST_SECONDS and not self._ended.is_set():
+                told = now
                 # Stands behind this thread where that cannot run: it needs no interpreter.
                 faulthandler.dump_traceback_later(self._timeout * 1.5 + 10, exit=True, file=2)
-                self._post()
-                if _place.waits_for_main and self._main_goes_on():
-                    beat()
+                if self._board is not None:
+                    self._board.post(_place.nimg, _place.name)
+                    if _place.waits_for_main and self._main_goes_on(self._board):
+                        beat()
 
     def _take(self, number: signal.Signals) -> None:
         self._interrupts += number == signal.SIGINT
@@ -175,37 +174,14 @@ class Watch:
             os.write(2, f"{number.name}: saving at the next step{again}\n".encode())
             self._signal = number
 
-    def _post(self) -> None:
-        if self._store is not None:
-            try:
-                text = f"{time.time()}|{_place.nimg}|{socket.gethostname()}|{_place.name}"
-                self._store.set(f"hrgan/place/{self._rank}", text)
-            except RuntimeError as error:
-                self._lose_store(error)
-
-    def _main_goes_on(self) -> bool:
+    def _main_goes_on(self, board: Board) -> bool:
         """Whether rank 0 has posted since the last look. Its own watch ends it when its training does not move; one
         that is frozen, or cut off, posts no more."""
-        if self._store is None:
-            return self._store_fault is None or self._store_closed
-        try:
-            before, self._main_post = self._main_post, self._store.get("hrgan/place/0")
-        except RuntimeError as error:
-            self._lose_store(error)
-            return self._store_closed
-        return self._main_post != before
-
-    def _lose_store(self, error: RuntimeError) -> None:
-        """Do without it. It closes with its keeper, rank 0 or rank 0's launcher, which says little: where rank 0 itself
-        is gone, the next collective fails at once. A keeper that is frozen or cut off leaves it open and silent."""
-        from torch.distributed import DistNetworkError  # Rooms that need no torch use this one too.
-
-        self._store, self._store_fault = None, str(error).splitlines()[0][:80]
-        self._store_closed = isinstance(error, DistNetworkError)
-
-    def _posts(self) -> list[str]:
-        keys = [f"hrgan/place/{rank}" for rank in range(self._world)]
-        return [self._store.get(key).decode() for key in keys]  # Unlike check(), it never waits for ever.
+        posts = board.look((0,), POST_SECONDS / 2)
+        if posts is None:
+            return board.closed  # Then rank 0 has ended, and the collective fails by itself.
+        before, self._main_post = self._main_post, posts[0]
+        return posts[0] != before
 
     def _end(self, still: float) -> None:
         """Name who is behind, print the stacks, leave."""
@@ -213,45 +189,22 @@ class Watch:
             f"rank {self._rank} ({socket.gethostname()}, process {os.getpid()}) has not moved for {still:.0f} s "
             f"(limits.timeout_minutes {self._timeout / 60:g}); it is at: {_place.name}"
         ]
-        if self._store is not None:
-            self._post()
-            try:
-                posts = self._posts()
-                behind = min(float(post.split("|")[1] or -1) for post in posts)
-                for rank, post in enumerate(posts):
-                    age = time.time() - float(post.split("|")[0] or 0)
-                    silent = f"; rank {rank} does not answer (for {age:.0f} s)" if age > 5 * POST_SECONDS else ""
-                    last = float(post.split("|")[1] or -1) == behind
-                    lines.append(f"  rank {rank} is {'behind, ' if last else ''}at: {_where(post)}{silent}")
-            except RuntimeError as error:
-                self._lose_store(error)
-        if self._store_fault is not None:
-            lines.append(f"  rank 0 or its launcher, which keeps the store, does not answer ({self._store_fault})")
+        if self._board is not None:
+            posts = self._board.look(self._everyone, 3 * POST_SECONDS)
+            behind = min((post.nimg for post in posts or []), default=0.0)
+            for rank, post in enumerate(posts or []):
+                age = time.time() - post.seconds
+                silent = f"; rank {rank} does not answer (for {age:.0f} s)" if age > 5 * POST_SECONDS else ""
+                lines.append(f"  rank {rank} is {'behind, ' if post.nimg == behind else ''}at: {post}{silent}")
+            if posts is None:
+                lines.append(f"  {KEEPER} does not answer")
         os.write(2, ("\n".join(lines) + "\n").encode())
         faulthandler.dump_traceback(2)
         os._exit(1)
 
 
-def _where(post: str) -> str:
-    _, _, host, name = post.split("|", 3)
-    return f"{name}, on {host}"
-
-
 def _handled_by_the_thread(number: int, frame: Any) -> None:
     """Python's part of the handling: the thread has read the signal from the wakeup socket."""
-
-
-def store_of_processes() -> Any:
-    """The store that the processes met at, through a connection of its own: a thread must not wait for the one that
-    the collectives use. None for a world of one."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return None
-    # torch has no public name for it.
-    store = dist.distributed_c10d._get_default_store().clone()
-    store.set_timeout(timedelta(seconds=10))
-    return store
 
 
 def stop_time(hours: float | None, margin_minutes: float) -> float | None:

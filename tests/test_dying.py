@@ -123,7 +123,7 @@ def test_a_stop_is_seen_at_the_next_step_on_all_processes_and_nothing_is_lost(
     assert_goes_on_like(whole(world), run, tiny, world, children)
 
 
-def stopped_while(activity: str, nimg: int, config: str, run: str) -> int:
+def stopped_while(activity: str, nimg: int, config: str, run: str, shards: str) -> int:
     """In a child: SIGTERM on the last process only, in the middle of an evaluation or a save at `nimg`."""
     from hrgan.metrics import frechet
 
@@ -155,7 +155,7 @@ def stopped_while(activity: str, nimg: int, config: str, run: str) -> int:
             return part(*arguments)
 
         setattr(frechet, name, interrupted)
-    return train(config, run, *RARE)
+    return train(config, run, *RARE, "--data.path", shards)
 
 
 @pytest.mark.parametrize(
@@ -180,12 +180,13 @@ def test_a_stop_during_an_evaluation_or_a_save_leaves_nothing_out(
     whole: Callable[[int], Path],
     children: Children,
 ) -> None:
-    run = tmp_path / "run"
-    shutil.rmtree(shards / "stats", ignore_errors=True)  # Else the reals' statistics are there from another run.
-    code, output = children.run(tmp_path / "log", stopped_while, activity, nimg, str(tiny), str(run), world=world)
+    run, copy = tmp_path / "run", tmp_path / "shards"
+    shutil.copytree(shards, copy, ignore=shutil.ignore_patterns("stats"))  # No real statistics are cached there.
+    words = (activity, nimg, str(tiny), str(run), str(copy))
+    code, output = children.run(tmp_path / "log", stopped_while, *words, world=world)
     assert code == 3, output
+    assert (run / "latest").read_text() == f"{nimg}\n"
     if activity != "save":  # The evaluation was left, its checkpoint made.
-        assert (run / "latest").read_text() == f"{nimg}\n"
         rows = records(run, "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
         assert nimg not in [row["nimg"] for row in rows]
     assert_goes_on_like(whole(world), run, tiny, world, children)
