@@ -125,6 +125,7 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+    beat()
 
 
 @contextmanager
