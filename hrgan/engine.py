@@ -95,6 +95,10 @@ class Engine:
         self.device: torch.device = self.accelerator.device
         self.zero_stage: int | None = None
         """Of DeepSpeed; None without it."""
+        if zero.asked_for() and kind != DistributedType.DEEPSPEED:
+            raise UserError(
+                f"launch: DeepSpeed was asked for but Accelerate formed {kind}; leave ACCELERATE_USE_CPU unset with it"
+            )
         if kind == DistributedType.DEEPSPEED:
             self.zero_stage = self.accelerator.state.deepspeed_plugin.zero_stage
         if int(os.environ.get("WORLD_SIZE", self.world)) != self.world:

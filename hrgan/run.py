@@ -33,6 +33,10 @@ LOOK_SECONDS = 2.0
 """Between two looks for a reason to stop, where a step is shorter."""
 
 
+STOP_FILE = "a STOP file"
+"""As a reason to stop."""
+
+
 @dataclass
 class Run:
     """One run in this process."""
@@ -62,7 +66,7 @@ class Run:
         """Why to stop, agreed on by all processes, or None. All processes must call it."""
         reason = self.watch.reason() if self.watch else None
         if reason is None and self.engine.rank == 0 and (self.folder / "STOP").exists():
-            reason = "a STOP file"
+            reason = STOP_FILE
         return self.engine.agree(reason)
 
     def pause(self) -> None:
@@ -125,8 +129,14 @@ def between_steps(run: Run, phase: Phase, nimg: int, due: Due, stop: str | None)
 
 
 def stop_here(run: Run, reason: str) -> NoReturn:
-    """Leave with everything saved."""
-    run.engine.on_main((run.folder / "STOP").touch)
+    """Leave with everything saved. STOP says why, as a job that ran this must know whether to run it again; one that a
+    person made stays as it is."""
+
+    def mark() -> None:
+        with (run.folder / "STOP").open("a") as file:
+            file.write("" if reason.startswith(STOP_FILE) else f"{reason}\n")
+
+    run.engine.on_main(mark)
     place = f"stopped at {run.progress.nimg / 1000:g} kimg with everything saved in {run.folder}"
     raise Stopped(f"{place} ({reason}); the same command goes on")
 

@@ -191,11 +191,11 @@ class Watch:
         ]
         if self._board is not None:
             posts = self._board.look(self._everyone, 3 * POST_SECONDS)
-            behind = min((post.nimg for post in posts or []), default=0.0)
+            furthest = max((post.nimg for post in posts or []), default=0.0)
             for rank, post in enumerate(posts or []):
                 age = time.time() - post.seconds
                 silent = f"; rank {rank} does not answer (for {age:.0f} s)" if age > 5 * POST_SECONDS else ""
-                lines.append(f"  rank {rank} is {'behind, ' if post.nimg == behind else ''}at: {post}{silent}")
+                lines.append(f"  rank {rank} is {'behind, ' if post.nimg < furthest else ''}at: {post}{silent}")
             if posts is None:
                 lines.append(f"  {KEEPER} does not answer")
         os.write(2, ("\n".join(lines) + "\n").encode())

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hrgan.cli import COMMANDS
 from tests.conftest import TINY, cli
 from tests.slurm_cluster import Cluster, lacking
 from tests.test_train import assert_same_bits, records
@@ -188,6 +187,15 @@ def test_the_time_limit_saves_and_the_requeued_job_ends_with_the_same_bits(place
     assert not (run / "STOP").exists()
 
 
+def test_a_training_stops_for_the_time_limit_also_where_no_signal_comes(place: Place) -> None:
+    run = place.folder / "by the clock"
+    place.pace(2)
+    job = place.train(run, "--time=1", "--signal=B:URG@1", margin=40)
+    place.wait_for_requeue(job)
+    assert "(the time limit less limits.margin_minutes)" in said(run)
+    assert "stopped for the time limit at" in said(run)
+
+
 def test_a_lost_node_brings_the_job_back_with_the_same_bits(place: Place, finished: Path) -> None:
     run = place.folder / "lost node"
     place.pace(2)
@@ -331,7 +339,6 @@ def test_an_evaluation_follows_a_training_as_its_own_job(place: Place) -> None:
     assert "finished and measured; checkpoints passed over: 0" in said(run)
 
 
-@pytest.mark.skipif("data merge" not in COMMANDS, reason="shards cannot be built in parts yet")
 def test_an_array_of_jobs_builds_the_set_that_one_build_would(place: Place) -> None:
     source, alone, parts = (place.folder / name for name in ("the pictures", "one build", "three parts"))
     source.mkdir()
@@ -341,7 +348,7 @@ def test_an_array_of_jobs_builds_the_set_that_one_build_would(place: Place) -> N
     (source / "broken.png").write_bytes(b"no picture")
     assert cli("data", "build", source, alone, *words, "--workers", "1") == 0
     merge = place.submit("data", "--parts=3", "--", source, parts, *words)
-    place.cluster.wait(lambda: place.cluster.job(merge)["JobState"] == "COMPLETED", 90, "the merge")
+    assert place.ended(merge) == ("COMPLETED", "0:0"), [path.read_text() for path in parts.parent.glob("*-slurm/*")]
     assert cli("data", "check", parts) == 0
     a, b = ({path.relative_to(out): path.read_bytes() for path in out.rglob("*.*")} for out in (alone, parts))
     assert a == b
