@@ -11,7 +11,6 @@ forward.
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -108,19 +107,19 @@ class Engine:
                 "on CPUs start with ACCELERATE_USE_CPU=true accelerate launch --config_file launch/cpu-2.yaml"
             )
         self.store: Any = None
-        """For what processes tell each other without a collective; None for one process."""
+        """Where the processes say where they are (watch.py); None for one process."""
         if self.world > 1:
-            # What only the hosts agree on neither waits for the GPUs nor makes them wait.
-            self._hosts: Any = dist.new_group(backend="gloo", timeout=timeout)
-            self.store, self._calls = self._make_store(timeout), 0
+            # What only the hosts agree on neither waits for the GPUs nor makes them wait. The main process may keep the
+            # others waiting as long as it takes; the watch ends a wait for a process that does not move.
+            self._hosts: Any = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+            self.store = self._make_store(timeout)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = not config.deterministic
             torch.use_deterministic_algorithms(config.deterministic)
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
     def _make_store(self, timeout: timedelta) -> Any:
-        """A store that rank 0 keeps, for waiting and for the watch: the launcher's own may end before the processes
-        do."""
+        """A store that rank 0 keeps, for the watch: the launcher's own may end before the processes do."""
         host, port = os.environ["MASTER_ADDR"], [0]
         kept = TCPStore(host, 0, is_master=True, wait_for_workers=False) if self.rank == 0 else None
         if kept is not None:
@@ -279,7 +278,7 @@ class Engine:
 
     def on_main(self, act: Callable[[], Result]) -> Result:
         """The result of a function that only the main process runs; an HrganError in it is raised on all processes
-        alike. The others wait as long as it takes, in no collective whose time could run out."""
+        alike. The others wait as long as it takes, in a collective whose time does not run out."""
         outcome: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -299,16 +298,9 @@ class Engine:
 
     def _share_main(self, outcome: list[Any]) -> None:
         """Bring the main process's outcome to all, once it is there."""
-        if self.store is None:
-            return
-        self._calls += 1
-        key = f"hrgan/main/{self._calls}"
-        if self.rank == 0:
-            self.store.set(key, "done")
-        while not self.store.check([key]):  # Rank 0's own watch ends it, and so all, when it does not move.
-            watch.beat()
-            time.sleep(0.02)
-        dist.broadcast_object_list(outcome, group=self._hosts)
+        if self.world > 1:
+            with watch.waiting_for_main():
+                dist.broadcast_object_list(outcome, group=self._hosts)
 
     def check_same(self, state: State) -> None:
         """Drifted if a tensor of the state has other bits on some process than on most. All processes must call it."""

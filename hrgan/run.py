@@ -123,6 +123,7 @@ def between_steps(run: Run, phase: Phase, nimg: int, due: Due, stop: str | None)
             stop = str(stopped)
     if due.save or stop:
         save(run)
+        stop = stop or run.stop_reason()  # Else one that came during the save would cost a second one.
     if stop and not (due.finish and evaluated):
         stop_here(run, stop)
 
@@ -133,7 +134,7 @@ def stop_here(run: Run, reason: str) -> NoReturn:
 
     def mark() -> None:
         with (run.folder / "STOP").open("a") as file:
-            file.write("" if reason == STOP_FILE else f"{reason}\n")
+            file.write("" if reason.startswith(STOP_FILE) else f"{reason}\n")
 
     run.engine.on_main(mark)
     place = f"stopped at {run.progress.nimg / 1000:g} kimg with everything saved in {run.folder}"
@@ -352,13 +353,16 @@ def roll_back(run: Run, error: Diverged) -> State:
         f"diverged at {diverged_at / 1000:g} kimg: back to {run.progress.nimg / 1000:g} kimg with learning rates "
         f"x {scale:g} (rollback {rollbacks} of at most {config.max_rollbacks})"
     )
-    if run.log is not None:
-        run.log.go_back(run.progress.nimg)
 
-    def keep_the_lower_rates() -> None:  # At once, so that a crash before the next checkpoint does not lose them.
-        checkpoint.save(run.folder, saved.state, run.progress, run.config, run.manifest.real_set)
+    def keep_the_lower_rates() -> None:
+        # In this order a kill never leaves a checkpoint to go on from whose rows are gone.
+        checkpoint.point(run.folder, "latest", run.progress.nimg)
         checkpoint.forget_after(run.folder, run.progress.nimg, run.progress.best_nimg)
+        # At once, so that a crash before the next checkpoint does not lose the lower rates.
+        checkpoint.save(run.folder, saved.state, run.progress, run.config, run.manifest.real_set)
 
     run.engine.on_main(keep_the_lower_rates)
+    if run.log is not None:
+        run.log.go_back(run.progress.nimg)
     run.meter = Meter(run.engine.device)
     return saved.state

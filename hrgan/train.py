@@ -273,8 +273,10 @@ def watching(config: Config, engine: Engine) -> Iterator[Watch]:
             f"rank {engine.rank} ends, because it has lost {lost} ({str(error).splitlines()[0]})"
         ) from error
     finally:
-        watch.stop()
-        engine.close()
+        try:
+            engine.close()  # Can hang where a collective was broken off.
+        finally:
+            watch.stop()
 
 
 def open_reals(config: Config, engine: Engine, manifest: Manifest, phase: Phase, nimg: int) -> Iterator[stream.Batch]:

@@ -1,8 +1,8 @@
 """Ends of a run: who asks it to stop, and who no longer moves.
 
 A thread beside the training reads signals the moment they come, also while the training sits in a collective; says
-once a second, in the store that the processes met at, where this process is; and ends it, with its stack and the
-ranks that are behind, when it has not moved for the time-out. Rooms call `beat` as they make progress. There is one
+once a second, on a board for all (board.py), where this process is; and ends it, with its stack and the ranks that are
+behind, when it has not moved for the time-out. Rooms call `beat` as they make progress. There is one
 watch a process, like the signals that it reads.
 """
 
@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from hrgan.board import POST_SECONDS, Board, Post
 from hrgan.errors import Stopped, UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-POST_SECONDS = 1.0
-"""Between two posts of where a process is."""
+KEEPER = "rank 0, which keeps the processes' store,"
 
 
 @dataclass
@@ -38,6 +38,8 @@ class _Place:
     """time.monotonic() of the last beat."""
     patient: bool = False
     """Whether no time-out holds."""
+    waits_for_main: bool = False
+    """Whether it counts as moving for as long as the main process does."""
 
 
 _place = _Place()
@@ -64,6 +66,17 @@ def patience(name: str) -> Iterator[None]:
         beat()
 
 
+@contextmanager
+def waiting_for_main() -> Iterator[None]:
+    """In here the time-out holds for the main process alone: this one moves as long as that says where it is."""
+    _place.waits_for_main = True
+    try:
+        yield
+    finally:
+        _place.waits_for_main = False
+        beat()
+
+
 class Watch:
     """Of this process, from `start` to `stop`."""
 
@@ -71,9 +84,11 @@ class Watch:
         """stop_at: time.time() from which a stop is asked for. store: the processes' torch.distributed store; None for
         a world of one."""
         self._rank, self._world, self._timeout, self._stop_at = rank, world, timeout_seconds, stop_at
-        # A connection of its own: the thread must not wait for the training's.
-        self._store = store.clone() if store is not None else None
+        self._board = Board(rank, store) if store is not None else None
+        self._everyone = tuple(range(world))
         self._signal: signal.Signals | None = None
+        self._interrupts = 0
+        self._main_post: Post | None = None
         # Only a launcher's workers end with their parent: `nohup hrgan train &` outlives its shell on purpose.
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._thread = threading.Thread(target=self._run, name="hrgan-watch", daemon=True)
@@ -87,7 +102,8 @@ class Watch:
         self._write_end = write_end
         self._before = {number: signal.signal(number, _handled_by_the_thread) for number in STOP_SIGNALS}
         self._wakeup_before = signal.set_wakeup_fd(write_end.fileno(), warn_on_full_buffer=False)
-        self._post()
+        if self._board is not None:
+            self._board.start(_place.nimg, _place.name)
         self._thread.start()
 
     def stop(self) -> None:
@@ -100,6 +116,8 @@ class Watch:
         self._write_end.close()  # Wakes the thread.
         self._thread.join()
         self._wakeup.close()
+        if self._board is not None:
+            self._board.stop()
 
     def reason(self) -> str | None:
         """Why this process should stop, if it should: a signal, the time, or a launcher that is gone."""
@@ -114,24 +132,21 @@ class Watch:
     def lost(self) -> str:
         """The ranks that stopped saying where they are, with the place each was last at; "" when all still do. Takes
         three posts' time."""
-        if self._store is None:
+        if self._board is None:
             return ""
-        try:
-            before = self._posts()
-            time.sleep(3 * POST_SECONDS)
-            after = self._posts()
-        except RuntimeError as error:  # The store is kept by rank 0 or its launcher.
-            return f"rank 0 or its launcher, which keeps the store ({str(error).splitlines()[0][:80]})"
+        before = self._board.look(self._everyone, 3 * POST_SECONDS)
+        time.sleep(3 * POST_SECONDS)
+        after = self._board.look(self._everyone, 3 * POST_SECONDS)
+        if before is None or after is None:
+            return KEEPER
         return ", ".join(
-            f"rank {rank} ({_where(after[rank])})"
-            for rank in range(self._world)
-            if rank != self._rank and before[rank] == after[rank]
+            f"rank {rank} ({post})" for rank, post in enumerate(after) if rank != self._rank and post == before[rank]
         )
 
     # The thread
 
     def _run(self) -> None:
-        posted = 0.0
+        told = 0.0
         while not self._ended.is_set():
             if select.select([self._wakeup], [], [], POST_SECONDS / 2)[0]:
                 for number in self._wakeup.recv(64):
@@ -140,14 +155,18 @@ class Watch:
             still = 0.0 if _place.patient else now - _place.moved
             if still > self._timeout:
                 self._end(still)
-            if now - posted >= POST_SECONDS and not self._ended.is_set():
-                posted = now
+            if now - told >= POST_SECONDS and not self._ended.is_set():
+                told = now
                 # Stands behind this thread where that cannot run: it needs no interpreter.
                 faulthandler.dump_traceback_later(self._timeout * 1.5 + 10, exit=True, file=2)
-                self._post()
+                if self._board is not None:
+                    self._board.post(_place.nimg, _place.name)
+                    if _place.waits_for_main and self._main_goes_on(self._board):
+                        beat()
 
     def _take(self, number: signal.Signals) -> None:
-        if number == signal.SIGINT and self._signal == signal.SIGINT:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             os.write(2, b"SIGINT again: ending at once; the last checkpoint is whole\n")
             os._exit(128 + number)
         if number in STOP_SIGNALS and self._signal is None:
@@ -155,18 +174,14 @@ class Watch:
             os.write(2, f"{number.name}: saving at the next step{again}\n".encode())
             self._signal = number
 
-    def _post(self) -> None:
-        if self._store is not None:
-            try:
-                text = f"{time.time()}|{_place.nimg}|{socket.gethostname()}|{_place.name}"
-                self._store.set(f"hrgan/place/{self._rank}", text)
-            except RuntimeError:  # The store's keeper is gone; the training's next collective says so, or the time-out.
-                self._store = None
-
-    def _posts(self) -> list[str]:
-        keys = [f"hrgan/place/{rank}" for rank in range(self._world)]
-        store: Any = self._store
-        return [store.get(key).decode() if store.check([key]) else "||?|not started" for key in keys]
+    def _main_goes_on(self, board: Board) -> bool:
+        """Whether rank 0 has posted since the last look. Its own watch ends it when its training does not move; one
+        that is frozen, or cut off, posts no more."""
+        posts = board.look((0,), POST_SECONDS / 2)
+        if posts is None:
+            return board.closed  # Then rank 0 has ended, and the collective fails by itself.
+        before, self._main_post = self._main_post, posts[0]
+        return posts[0] != before
 
     def _end(self, still: float) -> None:
         """Name who is behind, print the stacks, leave."""
@@ -174,26 +189,18 @@ class Watch:
             f"rank {self._rank} ({socket.gethostname()}, process {os.getpid()}) has not moved for {still:.0f} s "
             f"(limits.timeout_minutes {self._timeout / 60:g}); it is at: {_place.name}"
         ]
-        if self._store is not None:
-            self._post()
-            try:
-                posts = self._posts()
-                reached = [float(post.split("|")[1] or -1) for post in posts]
-                for rank, post in enumerate(posts):
-                    age = time.time() - float(post.split("|")[0] or 0)
-                    silent = f"; rank {rank} does not answer (for {age:.0f} s)" if age > 5 * POST_SECONDS else ""
-                    behind = "behind, " if reached[rank] < max(reached) else ""
-                    lines.append(f"  rank {rank} is {behind}at: {_where(post)}{silent}")
-            except RuntimeError as error:
-                lines.append(f"  where the others are is not known: {str(error).splitlines()[0]}")
+        if self._board is not None:
+            posts = self._board.look(self._everyone, 3 * POST_SECONDS)
+            furthest = max((post.nimg for post in posts or []), default=0.0)
+            for rank, post in enumerate(posts or []):
+                age = time.time() - post.seconds
+                silent = f"; rank {rank} does not answer (for {age:.0f} s)" if age > 5 * POST_SECONDS else ""
+                lines.append(f"  rank {rank} is {'behind, ' if post.nimg < furthest else ''}at: {post}{silent}")
+            if posts is None:
+                lines.append(f"  {KEEPER} does not answer")
         os.write(2, ("\n".join(lines) + "\n").encode())
         faulthandler.dump_traceback(2)
         os._exit(1)
-
-
-def _where(post: str) -> str:
-    _, _, host, name = post.split("|", 3)
-    return f"{name}, on {host}"
 
 
 def _handled_by_the_thread(number: int, frame: Any) -> None:

@@ -87,8 +87,8 @@ class Children:
         zero: int | None = None,
         **more: str,
     ) -> tuple[int, str]:
-        """(exit code of the first process, or -9 if killed; what they printed). zero: DeepSpeed's stage, as a launch
-        for DeepSpeed would set it; more: variables of the environment."""
+        """(exit code of the first process, or -9 if killed; what they printed); `codes` has those of all. zero:
+        DeepSpeed's stage, as a launch for DeepSpeed would set it; more: variables of the environment."""
         port, children = free_port(), []
         for rank in range(world):
             environment = {"ACCELERATE_USE_CPU": "true"}
@@ -114,6 +114,7 @@ class Children:
         for child in children:
             child.join(240)
             assert child.exitcode is not None, "a child process hangs"
+        self.codes = [child.exitcode for child in children]
         return children[0].exitcode, output.read_text()
 
 

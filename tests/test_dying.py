@@ -190,8 +190,8 @@ def test_a_stop_during_an_evaluation_or_a_save_leaves_nothing_out(
     words = (activity, nimg, str(tiny), str(run), str(copy))
     code, output = children.run(tmp_path / "log", stopped_while, *words, world=world)
     assert code == 3, output
+    assert (run / "latest").read_text() == f"{nimg}\n"
     if activity != "save":  # The evaluation was left, its checkpoint made.
-        assert (run / "latest").read_text() == f"{nimg}\n"
         rows = records(run, "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
         assert nimg not in [row["nimg"] for row in rows]
     assert_goes_on_like(whole(world), run, tiny, world, children)

@@ -60,7 +60,7 @@ def test_imports_point_down_only() -> None:
 
     floors = [
         {"errors"},
-        {"config", "watch"},
+        {"config", "watch", "board"},
         {"checks", "schedule", "losses", "networks", "noise", "pictures"},
         {"adam"},
         {"zero"},
