@@ -299,7 +299,7 @@ class Engine:
     def _share_main(self, outcome: list[Any]) -> None:
         """Bring the main process's outcome to all, once it is there."""
         if self.world > 1:
-            with watch.waiting_for_main():
+            with watch.waiting_for_main() if self.rank else nullcontext():
                 dist.broadcast_object_list(outcome, group=self._hosts)
 
     def check_same(self, state: State) -> None:
