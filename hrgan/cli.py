@@ -122,7 +122,7 @@ def bench_world(args: Namespace) -> None:
     from hrgan.apps.bench_world import bench_world as bench
     from hrgan.apps.bench_world import print_table
 
-    rows = bench(["--config", args.config], args.processes, args.seconds)
+    rows = bench(args.configuration, args.processes, args.seconds)
     print(json.dumps(rows, indent=1)) if args.json else print_table(rows, args.processes)
 
 
@@ -236,10 +236,10 @@ def bench_step_arguments(parser: Parser) -> None:
 
 
 def bench_world_arguments(parser: Parser) -> None:
-    parser.add_argument("--config", type=str, required=True, help="YAML file, for example configs/clothing-64.yaml")
     parser.add_argument("--processes", type=int, default=2, help="how many train together")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for each figure")
     parser.add_argument("--json", action="store_true", help="as JSON")
+    config_arguments(parser)
 
 
 def config_arguments(parser: Parser) -> None:
@@ -269,7 +269,7 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], None], Callable[[Parser], None],
     ),
     "bench world": (bench_world, bench_world_arguments, "how much faster several processes train than one"),
 }
-CONFIGURED = ("schedule", "train", "bench step")
+CONFIGURED = ("schedule", "train", "bench step", "bench world")
 """Commands that take a configuration."""
 
 
@@ -300,7 +300,7 @@ def split_config(words: list[str]) -> tuple[list[str], str | None, list[tuple[st
             value = rest.pop(0)
         if name == "--config":
             file = value
-        elif name in ("--run", "--seconds"):
+        elif name in ("--run", "--seconds", "--processes"):
             own += [name, value]
         else:
             overrides.append((name[2:], value))

@@ -142,16 +142,20 @@ def _measure(engine: Engine, config: Config, phase: Phase, seconds: float) -> Ro
 
 
 def _seconds_of(act: Callable[[], Tensor | list[Any] | None], engine: Engine, seconds: float) -> float:
-    """Mean seconds of a call over about `seconds`, after three calls to warm up."""
-    for _ in range(3):
-        act()
-    _wait(engine)
-    began, calls = time.perf_counter(), 0
-    while calls < 3 or time.perf_counter() - began < seconds:
-        act()
-        calls += 1
-    _wait(engine)
-    return (time.perf_counter() - began) / calls
+    """Mean seconds of a call over about `seconds`, after three calls to warm up and three to choose how many."""
+
+    def timed(calls: int) -> float:
+        _wait(engine)
+        began = time.perf_counter()
+        for _ in range(calls):
+            act()
+        _wait(engine)
+        return (time.perf_counter() - began) / calls
+
+    timed(3)
+    first = timed(3)
+    # All processes make the same number of calls, because they meet in each.
+    return timed(engine.on_main(lambda: max(3, round(seconds / first))))
 
 
 def _wait(engine: Engine) -> None:

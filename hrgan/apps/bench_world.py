@@ -1,4 +1,5 @@
-"""How much faster several processes train than one: `hrgan bench step` on one and on all of them, in one run."""
+"""How much faster several processes train than one: `hrgan bench step` on one, on all of them together, and on as many
+that know nothing of each other, which is what the machine allows, in one run."""
 
 from __future__ import annotations
 
@@ -6,56 +7,78 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from hrgan.errors import HrganError
+from hrgan.config import Config, at, resolutions, to_yaml
+from hrgan.errors import HrganError, UserError
 
 Row = dict[str, Any]
 WANTED = 1.7
 """Least ratio of two processes on two cores to one on one core."""
 
 
-def bench_world(words: list[str], processes: int, seconds: float) -> list[Row]:
-    """A row for each resolution and precision: images/s of 1 process and of `processes`, and their ratio. On CPUs each
-    process has one core. words: the configuration's, as `hrgan bench step` takes them; batches come from memory."""
-    bench = ["-m", "hrgan", "bench", "step", "--json", "--seconds", str(seconds), *words, "--data.path", ""]
+def bench_world(config: Config, processes: int, seconds: float) -> list[Row]:
+    """A row for each resolution and precision: images/s of 1 process, of `processes` with the same batch, and of
+    `processes` at once with their share of the batch each and nothing to exchange. On CPUs each has one core; batches
+    come from memory."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    one = _rows([sys.executable, *bench], cores=1)
-    many = _rows([*launch, "--main_process_port", "0", *bench], cores=processes)
+    share = {size: at(config.schedule.batch, size) // processes for size in resolutions(config)}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(to_yaml(replace(config, data=replace(config.data, path=""))))
+        file.flush()
+        bench = ["-m", "hrgan", "bench", "step", "--json", "--seconds", str(seconds), "--config", file.name]
+        alone = [sys.executable, *bench, "--schedule.batch", json.dumps(share)]
+        one = _rows(_start([sys.executable, *bench], [0]))
+        together = _rows(_start([*launch, "--main_process_port", "0", *bench], list(range(processes))))
+        apart = [_rows(started) for started in [_start(alone, [place]) for place in range(processes)]]
     keys = ("resolution", "precision", "batch")
     return [
-        {key: a[key] for key in keys}
-        | {"one": a["img_per_sec"], "many": b["img_per_sec"], "ratio": b["img_per_sec"] / a["img_per_sec"]}
-        for a, b in zip(one, many, strict=True)
+        {key: row[key] for key in keys}
+        | {"one": row["img_per_sec"], "many": many["img_per_sec"], "limit": sum(r["img_per_sec"] for r in unrelated)}
+        | {"ratio": many["img_per_sec"] / row["img_per_sec"]}
+        for row, many, *unrelated in zip(one, together, *apart, strict=True)
     ]
 
 
-def _rows(command: list[str], cores: int) -> list[Row]:
+def _start(command: list[str], places: list[int]) -> subprocess.Popen[str]:
+    """On these of the cores, or GPUs, that this process may use."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    allowed = sorted(os.sched_getaffinity(0))[:cores]
-    if not torch.cuda.is_available():
-        if len(allowed) < cores:
-            raise HrganError(f"--processes: {cores} need as many cores, found {len(allowed)}")
+    if torch.cuda.is_available():
+        if torch.cuda.device_count() <= max(places):
+            raise UserError(f"--processes: {max(places) + 1} need as many GPUs, found {torch.cuda.device_count()}")
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, places))
+    else:
+        cores = sorted(os.sched_getaffinity(0))
+        if len(cores) <= max(places):
+            raise UserError(f"--processes: {max(places) + 1} need as many cores, found {len(cores)}")
         environment["ACCELERATE_USE_CPU"] = "true"
-        command = ["taskset", "--cpu-list", ",".join(map(str, allowed)), *command]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise HrganError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-300:]}")
-    rows: list[Row] = json.loads(done.stdout[done.stdout.index("[") :])
+        command = ["taskset", "--cpu-list", ",".join(str(cores[place]) for place in places), *command]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _rows(started: subprocess.Popen[str]) -> list[Row]:
+    output, errors = started.communicate()
+    if started.returncode:
+        raise HrganError(f"hrgan bench step ended with {started.returncode}: {errors.strip()[-300:]}")
+    rows: list[Row] = json.loads(output[output.index("[") :])
     return rows
 
 
 def print_table(rows: list[Row], processes: int) -> None:
     """For people."""
-    print(f"images/s of 1 and of {processes} processes, one core each on CPUs")
+    print(
+        f"images/s of 1 process, of {processes} that share its batch, of {processes} that exchange nothing (the limit)"
+    )
     for row in rows:
         print(
             f"{row['resolution']:>5}² {row['precision']:>8} batch {row['batch']:>4} {row['one']:9.1f} "
-            f"{row['many']:9.1f}  x {row['ratio']:.2f}"
+            f"{row['many']:9.1f} {row['limit']:9.1f}   x {row['ratio']:.2f}, {row['many'] / row['limit']:.0%} of the "
+            "limit"
         )
     if processes == 2:
-        best = max(row["ratio"] for row in rows)
-        last = [row["ratio"] for row in rows if row["resolution"] == rows[-1]["resolution"]]
-        print(f"at the last size x {min(last):.2f} to {max(last):.2f}, best x {best:.2f}; asked {WANTED}")
+        met = [f"{row['resolution']}² {row['precision']}" for row in rows if row["ratio"] >= WANTED]
+        print(f"x {WANTED} or more, as asked, at {', '.join(met) or 'none'}")
