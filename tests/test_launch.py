@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from hrgan.run import LOOK_SECONDS
+from tests.conftest import cli
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -39,6 +42,68 @@ def test_the_readme_s_line_for_two_processes_on_a_cpu(tiny: Path, tmp_path: Path
     assert done.stdout.count("finished at 0.16 kimg") == 1
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 10
     assert (tmp_path / "run" / "FINISHED").exists()
+
+
+LAUNCH_FILES = sorted((ROOT / "launch").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", LAUNCH_FILES, ids=lambda path: path.stem)
+def test_each_launch_file_says_when_to_use_it_and_accelerate_takes_it(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    text = path.read_text()
+    assert text.startswith("# ")
+    assert f"accelerate launch --config_file launch/{path.name} -m hrgan train --config configs/" in text
+    assert f"`{path.stem}`" in (ROOT / "README.md").read_text()
+    found = load_config_from_file(str(path))
+    assert (found.num_machines > 1) == path.stem.startswith("nodes")
+    stage = getattr(found, "deepspeed_config", {}).get("zero_stage")
+    assert stage == (int(path.stem[-1]) if "zero" in path.stem else None)
+
+
+@pytest.mark.slow
+def test_the_readme_s_line_for_zero_2_on_a_cpu(tiny: Path, tmp_path: Path) -> None:
+    line = "accelerate launch --config_file launch/cpu-2-zero2.yaml -m hrgan train"
+    assert f"DS_ACCELERATOR=cpu {line}" in " ".join((ROOT / "README.md").read_text().split())
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    words = ["--config", str(tiny), "--run", str(tmp_path / "run"), "--schedule.total_kimg", "0.032"]
+    done = subprocess.run(
+        [*line.split()[:2], "--main_process_port", "0", *line.split()[2:], *words],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 x cpu (ZeRO-2)" in done.stdout
+
+
+def test_bench_step_says_what_saves_take(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "step", "--config", tiny, "--seconds", "0.01", "--with-saves", "--json", "--data.path", ""]
+    assert cli(*words) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["resolution"], row["precision"]) for row in rows][::2] == [(size, "float32") for size in (4, 8, 16)]
+    for row in rows:
+        # Saves come every 16 images in this configuration, so they take most of its time.
+        saves = row["save_seconds"] / (16 / row["img_per_sec"])
+        assert row["save_seconds"] > 0.001
+        assert row["overhead"] == pytest.approx(saves + row["look_seconds"] / LOOK_SECONDS)
+
+
+@pytest.mark.slow
+def test_bench_world_compares_one_process_with_two_and_with_the_limit(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores")
+    assert cli("bench", "world", "--config", tiny, "--network.grow", "false", "--seconds", "0.01", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["resolution"], row["precision"]) for row in rows] == [(16, "float32"), (16, "bf16")]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["many"] / row["one"])
+        assert 0 < row["one"] < row["limit"] * 5
+    assert cli("bench", "world", "--config", tiny, "--processes", "1000") == 2
 
 
 def test_python_m_hrgan_is_hrgan() -> None:

@@ -25,6 +25,7 @@ def bench_world(config: Config, processes: int, seconds: float) -> list[Row]:
     """A row for each resolution and precision: images/s of 1 process, of `processes` with the same batch, and of
     `processes` at once with their share of the batch each and nothing to exchange. On CPUs each has one core; batches
     come from memory."""
+    places = _places(processes)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     share = {size: at(config.schedule.batch, size) // processes for size in resolutions(config)}
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
@@ -32,9 +33,9 @@ def bench_world(config: Config, processes: int, seconds: float) -> list[Row]:
         file.flush()
         bench = ["-m", "hrgan", "bench", "step", "--json", "--seconds", str(seconds), "--config", file.name]
         alone = [sys.executable, *bench, "--schedule.batch", json.dumps(share)]
-        one = _rows(_start([sys.executable, *bench], [0]))
-        together = _rows(_start([*launch, "--main_process_port", "0", *bench], list(range(processes))))
-        apart = [_rows(started) for started in [_start(alone, [place]) for place in range(processes)]]
+        one = _rows(_start([sys.executable, *bench], places[:1]))
+        together = _rows(_start([*launch, "--main_process_port", "0", *bench], places))
+        apart = [_rows(started) for started in [_start(alone, [place]) for place in places]]
     keys = ("resolution", "precision", "batch")
     return [
         {key: row[key] for key in keys}
@@ -44,19 +45,24 @@ def bench_world(config: Config, processes: int, seconds: float) -> list[Row]:
     ]
 
 
+def _places(processes: int) -> list[int]:
+    """The first GPUs, or cores, that this process may use. UserError where there are too few."""
+    on_gpus = torch.cuda.is_available()
+    there = list(range(torch.cuda.device_count())) if on_gpus else sorted(os.sched_getaffinity(0))
+    if not 1 <= processes <= len(there):
+        kind = "GPUs" if on_gpus else "cores"
+        raise UserError(f"--processes: expected 1 to {len(there)}, the {kind} here, found {processes}")
+    return there[:processes]
+
+
 def _start(command: list[str], places: list[int]) -> subprocess.Popen[str]:
-    """On these of the cores, or GPUs, that this process may use."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    """On these GPUs or cores."""
+    environment, names = {**os.environ, "OMP_NUM_THREADS": "1"}, ",".join(map(str, places))
     if torch.cuda.is_available():
-        if torch.cuda.device_count() <= max(places):
-            raise UserError(f"--processes: {max(places) + 1} need as many GPUs, found {torch.cuda.device_count()}")
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, places))
+        environment["CUDA_VISIBLE_DEVICES"] = names
     else:
-        cores = sorted(os.sched_getaffinity(0))
-        if len(cores) <= max(places):
-            raise UserError(f"--processes: {max(places) + 1} need as many cores, found {len(cores)}")
         environment["ACCELERATE_USE_CPU"] = "true"
-        command = ["taskset", "--cpu-list", ",".join(str(cores[place]) for place in places), *command]
+        command = ["taskset", "--cpu-list", names, *command]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
