@@ -133,7 +133,8 @@ def _reopen(folder: Path, config: Config, manifest: Manifest, say: Callable[[str
 
 def environment() -> dict[str, Any]:
     """What this process runs on."""
-    packages = ("hrgan", "torch", "torchvision", "accelerate", "webdataset", "torch-fidelity", "numpy", "pillow")
+    packages = ("hrgan", "torch", "torchvision", "accelerate", "deepspeed", "webdataset", "torch-fidelity", "numpy",
+                "pillow")  # fmt: skip
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "run_format": checkpoint.FORMAT,
