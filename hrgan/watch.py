@@ -219,6 +219,11 @@ def stop_time(hours: float | None, margin_minutes: float) -> float | None:
     return min(ends) - margin_minutes * 60 if ends else None
 
 
+class _Interrupted(BaseException):
+    """No `except Exception` on the way holds it up. After a KeyboardInterrupt that was once in an `exec`, as in an import,
+    Python 3.11 ends by SIGINT and not with an exit code."""
+
+
 @contextmanager
 def stopped_by_signals(message: str) -> Iterator[None]:
     """For commands that can be left anywhere: SIGTERM, SIGINT and SIGUSR1 raise Stopped(message) at once, a second
@@ -226,13 +231,28 @@ def stopped_by_signals(message: str) -> Iterator[None]:
 
     def stop(number: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        raise KeyboardInterrupt(signal.Signals(number).name)  # No `except Exception` on the way holds it up.
+        raise _Interrupted(signal.Signals(number).name)
 
     before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
     try:
         yield
-    except KeyboardInterrupt as interrupt:
+    except _Interrupted as interrupt:
         raise Stopped(f"{interrupt}: {message}") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stops_held() -> Iterator[None]:
+    """A stop that comes in here comes at its end: what a signal's handler raises in the hooks that run around a fork
+    is dropped by Python."""
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        os.kill(os.getpid(), came[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -354,7 +355,7 @@ def test_a_hung_process_is_named_and_its_stack_printed(tmp_path: Path, tiny: Pat
     code, output = children.run(tmp_path / "log", hangs_in_data, str(tiny), str(tmp_path / "run"), world=2)
     assert code == 1, output
     assert time.monotonic() - began < 60
-    assert "has not moved for 6 s (limits.timeout_minutes 0.1); it is at: step 3, reading data" in output
+    assert re.search(r"not moved for \d+ s \(limits.timeout_minutes 0.1\); it is at: step 3, reading data", output)
     assert "rank 1 is behind, at: step 3, reading data" in output
     assert "rank 0 is at: step 3, on" in output
     assert "in planted_hang" in output

@@ -133,7 +133,7 @@ def test_a_run_over_two_machines_ends_on_both_when_the_link_is_cut_and_goes_on_b
     assert checkpoint.fault(latest) is None
     assert 160 <= int(latest.name) < 480
     for output in outputs:
-        assert f"has not moved for {TIMEOUT_SECONDS} s" in output or "has lost" in output, output
+        assert "has not moved for" in output or "has lost" in output, output
 
     ip("-n", machines[0], "link", "set", LINK, "up")
     sides = launch(machines, config, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def test_nobody_waits_for_ever_for_a_frozen_main_process(tmp_path: Path, tiny: P
     assert code == -signal.SIGKILL, output  # Only by the test's own hand.
     assert children.codes[1] == 1, output
     assert "rank 1 (" in output
-    assert "has not moved for 6 s" in output
+    assert re.search(r"has not moved for \d+ s \(limits.timeout_minutes 0.1\)", output)
     assert "rank 0, which keeps the processes' store, does not answer" in output
     assert (tmp_path / "run" / "latest").read_text() == "32\n"
 

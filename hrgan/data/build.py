@@ -32,7 +32,7 @@ from hrgan.data import manifest as manifests
 from hrgan.data.manifest import Manifest, SetWriter
 from hrgan.data.sources import Index, list_drawn, scan
 from hrgan.errors import DataError, UserError
-from hrgan.watch import STOP_SIGNALS, stopped_by_signals
+from hrgan.watch import STOP_SIGNALS, stopped_by_signals, stops_held
 
 SKIPPED = "skipped.csv"
 INDEX = "build.sqlite"
@@ -416,6 +416,8 @@ def made(options: Options, files: Iterator[tuple[str, str]], workers: int) -> Ge
     # fork: neither the main module nor anything heavy is imported again, and no thread of ours runs at this point.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker)
     flying: deque[tuple[str, str, Future[Made]]] = deque()
+    with stops_held():
+        pool.submit(int)  # Forks all workers.
     try:
         for path, group in files:
             flying.append((path, group, pool.submit(make, options, path)))
