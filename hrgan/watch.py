@@ -220,8 +220,8 @@ def stop_time(hours: float | None, margin_minutes: float) -> float | None:
 
 
 class _Interrupted(BaseException):
-    """No `except Exception` on the way holds it up. After a KeyboardInterrupt that was once in an `exec`, as in an import,
-    Python 3.11 ends by SIGINT and not with an exit code."""
+    """No `except Exception` on the way holds it up. After a KeyboardInterrupt that came within an `exec`, as imports
+    of dataclasses have it, Python 3.11 would end by SIGINT and not with an exit code."""
 
 
 @contextmanager

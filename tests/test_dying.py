@@ -367,7 +367,7 @@ def stops_dead(config: str, run: str) -> int:
 
     def act(rank: int) -> None:
         if rank == 1:
-            killer = f"sleep 30; kill -KILL {os.getpid()}"
+            killer = f"sleep 20; kill -KILL {os.getpid()}"
             subprocess.Popen(["sh", "-c", killer], start_new_session=True)
             os.kill(os.getpid(), signal.SIGSTOP)
 

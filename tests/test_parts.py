@@ -235,3 +235,15 @@ def test_a_stop_while_the_workers_are_forked_is_not_lost(tmp_path: Path) -> None
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 3, done.stderr
     assert "building was stopped" in done.stderr
+
+
+def test_a_stop_within_an_exec_leaves_the_exit_code_alone() -> None:
+    code = (
+        "import sys; from hrgan.errors import Stopped; from hrgan.watch import stopped_by_signals\n"
+        "try:\n"
+        "    with stopped_by_signals('left'):\n"
+        "        exec('import os, signal; os.kill(os.getpid(), signal.SIGTERM); 1')\n"
+        "except Stopped as stopped:\n"
+        "    sys.exit(3)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 3

@@ -28,7 +28,7 @@ def frozen_in_a_save(config: str, run: str) -> int:
 
     def write_durably(path: Path, content: bytes) -> str:
         if path.parent.name == ".writing-48":
-            subprocess.Popen(["sh", "-c", f"sleep 25; kill -KILL {os.getpid()}"], start_new_session=True)
+            subprocess.Popen(["sh", "-c", f"sleep 18; kill -KILL {os.getpid()}"], start_new_session=True)
             os.kill(os.getpid(), signal.SIGSTOP)
         return original(path, content)
 
