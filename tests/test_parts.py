@@ -237,13 +237,19 @@ def test_a_stop_while_the_workers_are_forked_is_not_lost(tmp_path: Path) -> None
     assert "building was stopped" in done.stderr
 
 
-def test_a_stop_within_an_exec_leaves_the_exit_code_alone() -> None:
-    code = (
-        "import sys; from hrgan.errors import Stopped; from hrgan.watch import stopped_by_signals\n"
-        "try:\n"
-        "    with stopped_by_signals('left'):\n"
-        "        exec('import os, signal; os.kill(os.getpid(), signal.SIGTERM); 1')\n"
-        "except Stopped as stopped:\n"
-        "    sys.exit(3)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 3
+STOPPED_IN_AN_EXEC = """
+import sys
+from hrgan.errors import Stopped
+from hrgan.watch import stopped_by_signals
+
+try:
+    with stopped_by_signals("left"):
+        exec("import os, signal; os.kill(os.getpid(), signal.SIGTERM); 1")
+except Stopped:
+    sys.exit(3)
+"""
+
+
+def test_a_stop_within_an_exec_leaves_the_exit_code_alone(tmp_path: Path) -> None:
+    (tmp_path / "stopped.py").write_text(STOPPED_IN_AN_EXEC)
+    assert subprocess.run([sys.executable, "-m", "stopped"], cwd=tmp_path, timeout=60).returncode == 3
