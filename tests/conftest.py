@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
+import shutil
 import socket
+import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -128,3 +132,23 @@ def cli(*words: str) -> int:
     from hrgan.cli import main
 
     return main([str(word) for word in words])
+
+
+def lacking(commands: tuple[str, ...], packages: tuple[str, ...]) -> str | None:
+    """Why root cannot run these commands here, after trying to install Debian's packages; None when they are there."""
+    if os.geteuid() != 0:
+        return f"{commands[0]} takes root"
+    if all(map(shutil.which, commands)):
+        return None
+    if shutil.which("apt-get") is None:
+        return f"no {commands[0]} and no apt-get to install it with"
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    # Another test file may be installing something, too.
+    apt = ["apt-get", "-o", "DPkg::Lock::Timeout=240", "-qq"]
+    for words in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
+        with (Path(tempfile.gettempdir()) / "hrgan-tests-apt.lock").open("w") as lock:
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+            done = subprocess.run([*apt, *words], env=quiet, capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            return f"apt-get {words[0]} failed: {done.stderr.strip()[-200:]}"
+    return None

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+COMMANDS = ("slurmctld", "slurmd", "sbatch", "munged")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 NODES = ("n1", "n2")
-
-
-def lacking() -> str | None:
-    """Why no SLURM can be had here, after trying to install it; None when it is there."""
-    if os.geteuid() != 0:
-        return "starting a SLURM takes root"
-    if all(map(shutil.which, ("slurmctld", "slurmd", "sbatch", "munged"))):
-        return None
-    if shutil.which("apt-get") is None:
-        return "no SLURM and no apt-get to install it with"
-    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for words in (["update", "-qq"], ["install", "-y", "-qq", "--no-install-recommends", *PACKAGES]):
-        done = subprocess.run(["apt-get", *words], env=quiet, capture_output=True, text=True, timeout=300)
-        if done.returncode:
-            return f"apt-get {words[0]} failed: {done.stderr.strip()[-200:]}"
-    return None
 
 
 CONFIG = """

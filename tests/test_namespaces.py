@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 
 from hrgan import checkpoint
 from hrgan.monitor.log import read_rows
-from tests.conftest import TINY, Children
+from tests.conftest import TINY, Children, lacking
 from tests.test_train import assert_same_bits, train
 
 ROOT = Path(__file__).parents[1]
@@ -38,8 +37,8 @@ def ip(*words: str) -> str:
 def machines() -> Iterator[tuple[str, str]]:
     """Names of two namespaces that reach each other only over LINK."""
     names = (f"hrgan-{os.getpid()}-0", f"hrgan-{os.getpid()}-1")
-    if shutil.which("ip") is None:
-        pytest.skip("no `ip`: install iproute2")
+    if reason := lacking(("ip",), ("iproute2",)):
+        pytest.skip(reason)
     try:
         ip("netns", "add", names[0])
     except subprocess.CalledProcessError as error:

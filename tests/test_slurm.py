@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.conftest import TINY, cli
-from tests.slurm_cluster import Cluster, lacking
+from tests.conftest import TINY, cli, lacking
+from tests.slurm_cluster import COMMANDS, PACKAGES, Cluster
 from tests.test_train import assert_same_bits, records
 
 pytestmark = pytest.mark.slow
@@ -120,7 +120,7 @@ def said(run: Path) -> str:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Iterator[Place]:
-    if reason := lacking():
+    if reason := lacking(COMMANDS, PACKAGES):
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("slurm") / "two words"
     folder.mkdir()
