@@ -225,13 +225,19 @@ def test_a_stop_ends_a_build_with_nothing_half_done(
     assert not [name for name in left if name.endswith((".tar", ".sqlite", ".partial", ".index"))], left
 
 
+STOPPED_WHILE_FORKING = """
+import os, signal, sys, threading
+from hrgan.cli import main
+
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))
+code = main(["data", "build", "drawn:400", sys.argv[1], "--resolution", "16", "--workers", "2"])
+assert threading.enumerate() == [threading.main_thread()]  # The pool's own would end beside the interpreter.
+sys.exit(code)
+"""
+
+
 def test_a_stop_while_the_workers_are_forked_is_not_lost(tmp_path: Path) -> None:
-    code = (
-        "import os, signal, sys; from hrgan.cli import main;"
-        "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM));"
-        "sys.exit(main(['data', 'build', 'drawn:400', sys.argv[1], '--resolution', '16', '--workers', '2']))"
-    )
-    words = [sys.executable, "-c", code, str(tmp_path / "set")]
+    words = [sys.executable, "-c", STOPPED_WHILE_FORKING, str(tmp_path / "set")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 3, done.stderr
     assert "building was stopped" in done.stderr

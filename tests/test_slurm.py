@@ -281,7 +281,7 @@ def test_a_stop_is_heard_while_a_training_starts_and_attempts_are_capped(place: 
     place.cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert place.ended(job) == ("FAILED", "3:0"), said(run)
     assert "MAX_ATTEMPTS are used up" in said(run)
-    assert (run / "latest").read_text() == "16\n"
+    assert 0 < int((run / "latest").read_text()) < 160  # In its middle, however slow the machine is.
 
 
 def test_a_preempted_training_saves_and_goes_back_into_the_queue(place: Place) -> None:

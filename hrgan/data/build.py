@@ -416,9 +416,9 @@ def made(options: Options, files: Iterator[tuple[str, str]], workers: int) -> Ge
     # fork: neither the main module nor anything heavy is imported again, and no thread of ours runs at this point.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker)
     flying: deque[tuple[str, str, Future[Made]]] = deque()
-    with stops_held():
-        pool.submit(int)  # Forks all workers.
     try:
+        with stops_held():
+            pool.submit(int)  # Forks all workers.
         for path, group in files:
             flying.append((path, group, pool.submit(make, options, path)))
             if len(flying) >= 4 * workers:
