@@ -287,13 +287,13 @@ def test_workers_whose_launcher_is_killed_save_and_end(
 def test_a_killed_worker_ends_all_and_is_named(tmp_path: Path, tiny: Path, launched: Callable[..., Launched]) -> None:
     launch = launched(tmp_path / "log", tiny, tmp_path / "run", *LONG)
     workers = launch.until_saved()
-    time.sleep(2.5 * POST_SECONDS)  # It has said where it is since it began to train.
+    time.sleep(2.5 * POST_SECONDS)  # It trains on, and says where it is.
     workers[1].kill()
     assert launch.process.wait(60) == 1
     _, left = psutil.wait_procs(workers, timeout=10)
     assert not left
     output = launch.log.read_text()
-    assert "rank 0 ends, because it has lost rank 1 (step " in output
+    assert "rank 0 ends, because it has lost rank 1 (" in output
     assert "exitcode  : -9" in output
 
 
