@@ -13,8 +13,10 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -198,9 +200,19 @@ class Watch:
                 lines.append(f"  rank {rank} is {'behind, ' if post.nimg < furthest else ''}at: {post}{silent}")
             if posts is None:
                 lines.append(f"  {KEEPER} does not answer")
-        os.write(2, ("\n".join(lines) + "\n").encode())
-        faulthandler.dump_traceback(2)
+        # In one piece: the ranks of a node time out together, and their lines would mix.
+        os.write(2, ("\n".join([*lines, *_stacks()]) + "\n").encode())
         os._exit(1)
+
+
+def _stacks() -> Iterator[str]:
+    """What each thread runs, the main one first; without source lines, because reading may be what hangs."""
+    threads = {thread.ident: thread.name for thread in threading.enumerate()}
+    main = threading.main_thread().ident
+    for ident, frame in sorted(sys._current_frames().items(), key=lambda thread: thread[0] != main):
+        yield f"{threads.get(ident, ident)} (most recent call first):"
+        for caller, line in traceback.walk_stack(frame):
+            yield f'  File "{caller.f_code.co_filename}", line {line} in {caller.f_code.co_name}'
 
 
 def _handled_by_the_thread(number: int, frame: Any) -> None:
