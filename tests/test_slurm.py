@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +110,7 @@ class Place:
 
     def start_now(self, job: str, *changes: str) -> None:
         """End the hold of a requeued job."""
+        time.sleep(2)  # A node refuses what is allocated within the second in which the job was taken from it.
         self.cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", *changes)
         self.cluster.wait(lambda: self.cluster.job(job)["JobState"] == "RUNNING", 30, f"job {job} to start")
 
