@@ -7,6 +7,7 @@ import math
 from dataclasses import asdict
 
 from hrgan.config import CHUNK, Config, at, leaves, resolutions
+from hrgan.sizes import LONGEST, SHORTEST
 
 
 def problems(config: Config) -> list[str]:
@@ -31,10 +32,16 @@ def _size_problems(config: Config) -> list[str]:
             f"schedule.start_resolution: {schedule.start_resolution} is above network.resolution {network.resolution}; "
             f"nearest: {network.resolution}"
         )
-    if network.channels not in (1, 3):
+    if network.channels not in (1, 3, 4):
         found.append(
-            f"network.channels: {network.channels} is neither 1 (grey) nor 3 (RGB); nearest: "
-            f"{1 if network.channels < 2 else 3}"
+            f"network.channels: {network.channels} is none of 1 (grey), 3 (RGB), 4 (RGBA); nearest: "
+            f"{min((1, 3, 4), key=lambda channels: abs(channels - network.channels))}"
+        )
+    if network.bits not in (8, 16) or (network.bits == 16 and network.channels != 1):
+        found.append(f"network.bits: {network.bits} with {network.channels} channels; nearest: 8, or 16 with 1 channel")
+    if len(network.grid) != 2 or not all(SHORTEST <= side <= LONGEST for side in network.grid):
+        found.append(
+            f"network.grid: {network.grid} is not [height, width] of {SHORTEST} to {LONGEST}; nearest: [4, 4]"
         )
     stages = max(network.resolution, 4).bit_length() - 2
     if network.widths is not None and (len(network.widths) < stages or min(network.widths, default=0) < 1):
@@ -79,6 +86,7 @@ _LEAST: dict[str, float] = {
     "data.workers": 0,
     "data.prefetch": 1,
     "data.slots": 1,
+    "data.retries": 0,
     "network.latent": 1,
     "network.fmap_base": 1,
     "network.fmap_max": 1,
@@ -110,6 +118,8 @@ _ABOVE_ZERO = (
     "loss.fd_sigma",
     "optim.rollback_lr",
     "limits.hours",
+    "data.cache_gb",
+    "data.timeout_seconds",
     "limits.timeout_minutes",
     "loss.gp_target",
     "schedule.total_kimg",
@@ -126,7 +136,7 @@ def _range_problems(config: Config) -> list[str]:
     sizes = resolutions(config) or [4]
     for key, value in leaves(asdict(config)):
         for number in value.values() if isinstance(value, dict) else [value]:
-            if not isinstance(number, (int, float)) or isinstance(number, bool):
+            if not isinstance(number, (int, float)) or isinstance(number, bool) or key == "data.path":
                 continue
             if not math.isfinite(number):
                 found.append(f"{key}: {number} is not a finite number")
@@ -143,7 +153,7 @@ def _range_problems(config: Config) -> list[str]:
             if key == "schedule.fade_kimg" and config.schedule.order == "stable_first"
             else sizes[0]
         )
-        if isinstance(value, dict) and (not value or min(value) > first):
+        if isinstance(value, dict) and key != "data.path" and (not value or min(value) > first):
             found.append(f"{key}: {value} says nothing for {first} pixels; add {first}: ...")
     return found
 

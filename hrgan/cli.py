@@ -30,10 +30,18 @@ def data_build(args: Namespace) -> None:
         args.resolution,
         name=args.name,
         labels=args.labels,
+        attributes=names(args.attributes),
+        crop=names(args.crop),
         image_format=args.format,
         quality=args.quality,
         channels=args.channels,
+        bits=args.bits,
+        fit=args.fit,
+        image_filter=args.filter,
+        alpha=args.alpha,
+        window=args.window,
         min_size=args.min_size,
+        near=args.near,
         max_skipped=args.max_skipped,
         workers=args.workers,
         seed=args.seed,
@@ -41,6 +49,19 @@ def data_build(args: Namespace) -> None:
         overwrite=args.overwrite,
         part=args.part,
     )
+    if args.report and args.part is None:
+        data_report(args)
+
+
+def names(text: str | None) -> tuple[str, ...]:
+    """The words of a list with commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip()) if text else ()
+
+
+def data_report(args: Namespace) -> None:
+    from hrgan.data.report import write_report
+
+    print(write_report(Path(args.out)))
 
 
 def data_merge(args: Namespace) -> None:
@@ -50,9 +71,10 @@ def data_merge(args: Namespace) -> None:
 
 
 def data_info(args: Namespace) -> None:
+    from hrgan.data.dataset import open_set
     from hrgan.data.manifest import info
 
-    facts = info(Path(args.out))
+    facts = info(open_set(args.out).manifest)
     print(
         json.dumps(facts, indent=1) if args.json else yaml.safe_dump(facts, sort_keys=False),
         end="\n" if args.json else "",
@@ -60,9 +82,10 @@ def data_info(args: Namespace) -> None:
 
 
 def data_check(args: Namespace) -> None:
-    from hrgan.data.manifest import check
+    from hrgan.data.check import check
+    from hrgan.data.dataset import open_set
 
-    found = check(Path(args.out))
+    found = check(*open_set(args.out))
     if found:
         raise DataError(
             "\n".join([f"{args.out}: {len(found)} problem{'s' * (len(found) > 1)}", *(f"  {line}" for line in found)])
@@ -74,7 +97,7 @@ def schedule(args: Namespace) -> None:
     from hrgan.schedule import make_schedule, rows, table
 
     plan = make_schedule(args.configuration)
-    print(json.dumps(rows(plan), indent=1) if args.json else table(plan))
+    print(json.dumps(rows(plan), indent=1) if args.json else table(plan, args.configuration.network.grid))
 
 
 def train(args: Namespace) -> None:
@@ -102,8 +125,16 @@ def bench_data(args: Namespace) -> None:
     from hrgan.apps.bench_data import bench_data as bench
     from hrgan.apps.bench_data import print_table
 
-    rows = bench(Path(args.out), Path(args.originals) if args.originals else None, args.seconds)
+    rows = bench(args.out, Path(args.originals) if args.originals else None, args.seconds)
     print(json.dumps(rows, indent=1)) if args.json else print_table(rows)
+
+
+def bench_size(args: Namespace) -> None:
+    from hrgan.apps.bench_data import bench_size as bench
+    from hrgan.apps.bench_data import print_size
+
+    row = bench(args.samples, args.shards, Path(args.folder) if args.folder else None)
+    print(json.dumps(row, indent=1)) if args.json else print_size(row)
 
 
 def bench_step(args: Namespace) -> None:
@@ -131,30 +162,83 @@ def bench_world(args: Namespace) -> None:
 
 def data_build_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "src", type=str, help="folder of images, nested or not; or drawn:COUNT for the built-in drawn set"
+        "src",
+        type=str,
+        help="folder of images, DICOM or archives; a zip, tar or parquet file; a CSV or JSONL of paths or URLs; or "
+        "drawn:COUNT for the built-in drawn set",
     )
     parser.add_argument("out", type=str, help="folder to make")
-    parser.add_argument("--resolution", type=int, required=True, help="largest tier in pixels, a power of two from 16")
+    parser.add_argument(
+        "--resolution",
+        type=str,
+        required=True,
+        help="of the largest tier in pixels: a power of two from 16, or HEIGHTxWIDTH such as 512x768",
+    )
     parser.add_argument("--name", type=str, default=None, help="name of the set (default: the name of SRC)")
     parser.add_argument(
         "--labels",
         type=str,
-        choices=("none", "folder"),
         default="none",
-        help="folder: classes are the first sub-folders of SRC",
+        help="what the classes are: none; folder (the first sub-folders of SRC); or a column, a key of the json beside "
+        "a picture, `label` of a dataset.json, `cls` of a WebDataset",
     )
     parser.add_argument(
-        "--format", type=str, choices=("webp", "png", "jpeg"), default="webp", help="webp and png are lossless"
+        "--attributes", type=str, default=None, help="NAME,NAME: columns or keys to store with each sample"
+    )
+    parser.add_argument(
+        "--crop", type=str, default=None, help="X,Y,W,H: names of the columns with the part of each picture to take"
+    )
+    parser.add_argument(
+        "--format",
+        type=str,
+        choices=("webp", "png", "jpeg"),
+        default=None,
+        help="webp (the default of 8 bits) and png (of 16) are lossless",
     )
     parser.add_argument("--quality", type=int, default=95, help="of jpeg, 1 to 100")
-    parser.add_argument("--channels", type=int, choices=(1, 3), default=3, help="3: RGB; 1: grey")
+    parser.add_argument(
+        "--channels", type=int, choices=(1, 3, 4), default=None, help="3: RGB; 1: grey; 4: RGBA, with --alpha keep"
+    )
+    parser.add_argument("--bits", type=int, choices=(8, 16), default=8, help="16: grey, never reduced to 8")
+    parser.add_argument(
+        "--fit",
+        type=str,
+        choices=("crop", "pad", "stretch"),
+        default="crop",
+        help="how a picture of another shape is fitted",
+    )
+    parser.add_argument(
+        "--filter",
+        type=str,
+        choices=("lanczos", "box", "bicubic"),
+        default="lanczos",
+        help="for resizing, antialiased; it moves FID",
+    )
+    parser.add_argument(
+        "--alpha", type=str, choices=("white", "black", "keep"), default="white", help="what transparency is laid over"
+    )
+    parser.add_argument(
+        "--window",
+        type=str,
+        default="auto",
+        help="grey values that become black and white: raw (kept; of 16 bits the default), file (DICOM's own window; "
+        "of 8 bits the default), LOW,HIGH, or percentiles LOW%%,HIGH%% of each picture",
+    )
     parser.add_argument("--min-size", type=int, default=0, help="skip images whose shorter side is less, in pixels")
+    parser.add_argument(
+        "--near",
+        type=int,
+        default=None,
+        help="leave out pictures that look like an earlier one: their perceptual hashes differ in at most so many of "
+        "64 bits (4 is careful)",
+    )
     parser.add_argument(
         "--max-skipped",
         type=float,
         default=0.01,
         help="largest share of images that may be skipped",
     )
+    parser.add_argument("--report", action="store_true", help="also make OUT/report.html (hrgan data report OUT)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--seed", type=int, default=0, help="decides the stored order")
     parser.add_argument("--shard-samples", type=int, default=None, help="images in a shard (default: by resolution)")
@@ -172,11 +256,15 @@ def data_merge_arguments(parser: Parser) -> None:
 
 
 def data_info_arguments(parser: Parser) -> None:
-    parser.add_argument("out", type=str, help="folder of shards")
+    parser.add_argument("out", type=str, help="folder of shards, or its URL")
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
 def data_check_arguments(parser: Parser) -> None:
+    parser.add_argument("out", type=str, help="folder of shards, or its URL")
+
+
+def data_report_arguments(parser: Parser) -> None:
     parser.add_argument("out", type=str, help="folder of shards")
 
 
@@ -223,6 +311,13 @@ def bench_data_arguments(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
+def bench_size_arguments(parser: Parser) -> None:
+    parser.add_argument("--samples", type=int, default=1_000_000, help="pictures of the simulated set")
+    parser.add_argument("--shards", type=int, default=1000, help="shards they are in")
+    parser.add_argument("--folder", type=str, default=None, help="where to write it (2.6 GB for a million)")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
 def bench_step_arguments(parser: Parser) -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="time for each figure")
     parser.add_argument(
@@ -251,6 +346,7 @@ def config_arguments(parser: Parser) -> None:
 COMMANDS: dict[str, tuple[Callable[[Namespace], None], Callable[[Parser], None], str]] = {
     "data build": (data_build, data_build_arguments, "turn a folder of images into shards"),
     "data merge": (data_merge, data_merge_arguments, "join the parts of a set that was built with --part"),
+    "data report": (data_report, data_report_arguments, "make OUT/report.html: counts, sizes, statistics, pictures"),
     "data info": (data_info, data_info_arguments, "say what a set of shards holds"),
     "data check": (
         data_check,
@@ -262,6 +358,7 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], None], Callable[[Parser], None],
     "eval": (evaluate, eval_arguments, "measure a run, a checkpoint or a folder of images"),
     "generate": (generate, generate_arguments, "write pictures from a run or a checkpoint"),
     "bench data": (bench_data, bench_data_arguments, "images per second of reading a set, beside its limits"),
+    "bench size": (bench_size, bench_size_arguments, "what a set of a million images takes to open, seek and hold"),
     "bench step": (
         bench_step,
         bench_step_arguments,

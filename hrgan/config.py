@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -29,8 +30,13 @@ Number = TypeVar("Number", int, float)
 class DataConfig:
     """Where the images come from and how they are read."""
 
-    path: str = ""
-    """Folder of shards, as `hrgan data build` wrote it."""
+    path: dict[str, float] | str = ""
+    """Folder of shards as `hrgan data build` wrote it, or its URL (http, https, s3, gs, hf); or several of them with
+    their weights: {PATH: 0.7, PATH: 0.3}."""
+    label: str | None = None
+    """The attribute that is the class; None takes what the set was built with as --labels."""
+    values: list[int] | None = None
+    """The stored numbers that become -1 and 1; None takes them from the set when the run starts."""
     mirror: bool = False
     """Flip half of the real images left to right."""
     workers: int = 2
@@ -43,6 +49,16 @@ class DataConfig:
     window: int = 256
     """Samples shuffled together within a slot (a multiple of 4), held undecoded in memory. Part of the order of
     images."""
+    cache: str | None = None
+    """Folder for shards from a URL, shared by the processes of a machine; None: $HRGAN_CACHE, else ~/.cache/hrgan."""
+    cache_gb: float = 100.0
+    """Most that the cache may hold, in GB (1e9 bytes); the least recently used go first."""
+    timeout_seconds: float = 30.0
+    """Time without a byte from a server after which an attempt counts as failed."""
+    retries: int = 6
+    """Further attempts at a file that a server did not give, with growing pauses."""
+    allow_pipe: bool = False
+    """Let data.path be a shell command, `pipe:ssh host cat /sets/mine/{}`."""
     max_bad: float = 0.01
     """Largest share of samples that may fail to decode (each is replaced and counted) before the run stops."""
 
@@ -54,9 +70,14 @@ class NetworkConfig:
     family: Literal["progan"] = "progan"
     """Architecture: progan (Karras et al. 2018)."""
     resolution: int = 1024
-    """Final width and height in pixels, a power of two."""
+    """Final width and height in pixels, a power of two; of another grid the level, so that 512x768 is 512 with the
+    grid [4, 6]."""
+    grid: list[int] = field(default_factory=lambda: [4, 4])
+    """Height and width of the first layer's grid, which doubles with each level: [4, 4] is square."""
     channels: int = 3
-    """Colour channels of the images: 1 or 3."""
+    """Channels of the images: 1 (grey), 3 (RGB) or 4 (RGBA)."""
+    bits: int = 8
+    """Bits of a channel of the images: 8, or 16 for grey."""
     latent: int = 512
     """Length of the latent vector z."""
     fmap_base: int = 8192
@@ -239,6 +260,10 @@ MAY_CHANGE = (
     "checkpoint.",
     "log.",
     "data.path",
+    "data.cache",
+    "data.timeout_seconds",
+    "data.retries",
+    "data.allow_pipe",
     "data.workers",
     "data.prefetch",
     "data.max_bad",
@@ -274,12 +299,9 @@ def resolutions(config: Config) -> list[int]:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of a nested mapping; maps by resolution count as one value."""
+    """(dotted key, value) of a nested mapping; a field that takes a map is one value."""
     for key, value in tree.items():
-        by_resolution = (
-            isinstance(value, Mapping) and all(str(k).isdigit() for k in value) and f"{prefix}{key}" not in topics()
-        )
-        if isinstance(value, Mapping) and not by_resolution:
+        if isinstance(value, Mapping) and f"{prefix}{key}" not in _known():
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -291,6 +313,11 @@ def known_keys(kind: type = Config, prefix: str = "") -> list[str]:
     for name, hint in get_type_hints(kind).items():
         keys += known_keys(hint, f"{prefix}{name}.") if is_dataclass(hint) else [f"{prefix}{name}"]  # type: ignore[arg-type]
     return keys
+
+
+@cache
+def _known() -> frozenset[str]:
+    return frozenset(known_keys())
 
 
 def unknown_key(key: str) -> str | None:
@@ -319,6 +346,7 @@ def wrong_type(key: str, value: Any) -> str:
         type(None): "null",
         dict[int, int]: "a map {resolution: whole number}",
         dict[int, float]: "a map {resolution: number}",
+        dict[str, float]: "a map {path: weight}",
         list[int]: "a list of whole numbers",
     }
     if get_origin(hint) is Literal:

@@ -259,6 +259,12 @@ class Engine:
         reduced: Tensor = self.accelerator.reduce(values, "mean")
         return reduced
 
+    def gather(self, value: float) -> list[float]:
+        """The value of each process, by rank."""
+        gathered: Tensor = self.accelerator.gather(torch.tensor([value], device=self.device))
+        numbers: list[float] = gathered.tolist()
+        return numbers
+
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
         value = torch.tensor([float(flag)], device=self.device)

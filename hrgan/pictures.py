@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,17 +17,46 @@ def to_uint8(images: Tensor) -> Tensor:
     return images.mul(127.5).add(128).clamp(0, 255).to(torch.uint8)
 
 
-def to_float(images: Tensor) -> Tensor:
-    """(N, C, H, W) uint8 -> float32 in [-1, 1]."""
-    return images.to(torch.float32).div(127.5).sub(1)
+def to_float(images: Tensor, values: tuple[int, int] = (0, 255)) -> Tensor:
+    """(N, C, H, W) uint8 or uint16 -> float32: the stored numbers `values` become -1 and 1."""
+    if tuple(values) == (0, 255):
+        return images.to(torch.float32).div(127.5).sub(1)
+    low, high = values
+    return images.to(torch.float32).sub(low).mul(2 / (high - low)).sub(1)
 
 
-def save_png(image: Tensor, path: Path) -> None:
-    """Write one (C, H, W) uint8 picture, C 1 or 3, atomically."""
-    array = image.permute(1, 2, 0).cpu().numpy()
+def to_stored(images: Tensor, values: tuple[int, int]) -> NDArray[np.uint16]:
+    """(N, C, H, W) float in [-1, 1] -> (N, H, W, C) uint16 of stored numbers, rounded to the nearest; values outside
+    are clamped."""
+    low, high = values
+    scaled = images.double().add(1).mul((high - low) / 2).add(low + 0.5).floor().clamp(low, high)
+    stored: NDArray[np.uint16] = scaled.permute(0, 2, 3, 1).cpu().numpy().astype(np.uint16)
+    return stored
+
+
+def save_png(pixels: NDArray[np.uint8] | NDArray[np.uint16], path: Path) -> None:
+    """Write one (H, W, C) picture atomically: C 1, 3 or 4; uint16, C 1, as a 16-bit PNG."""
     partial = path.with_name(f".{path.name}")
-    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(partial, "PNG")
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(partial, "PNG")
     partial.replace(path)
+
+
+def to_array(image: Tensor) -> NDArray[np.uint8]:
+    """(C, H, W) uint8 -> (H, W, C)."""
+    array: NDArray[np.uint8] = image.permute(1, 2, 0).cpu().numpy()
+    return array
+
+
+def to_rgb(images: Tensor) -> Tensor:
+    """(N, 1, 3 or 4, H, W) uint8 -> (N, 3, H, W) as people and extractors see it: grey in three equal channels,
+    transparency laid over white."""
+    if images.shape[1] == 1:
+        return images.expand(-1, 3, -1, -1)
+    if images.shape[1] == 3:
+        return images
+    alpha = images[:, 3:].to(torch.int32)
+    mixed = images[:, :3].to(torch.int32) * alpha + 255 * (255 - alpha)
+    return ((mixed + 127) // 255).to(torch.uint8)
 
 
 def grid_side(resolution: int, wanted: int) -> int:

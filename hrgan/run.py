@@ -17,7 +17,7 @@ from hrgan import checkpoint
 from hrgan.checkpoint import Progress, Saved
 from hrgan.config import Config
 from hrgan.data import stream
-from hrgan.data.manifest import Manifest
+from hrgan.data.dataset import Dataset
 from hrgan.engine import Engine, State
 from hrgan.errors import DataError, Diverged, Stopped, UserError
 from hrgan.metrics.extractor import Extractor
@@ -25,8 +25,9 @@ from hrgan.metrics.frechet import evaluate
 from hrgan.monitor.log import RunLog, eta, read_rows, summary
 from hrgan.monitor.meter import Meter
 from hrgan.noise import latents
-from hrgan.pictures import grid_side, save_png, side_by_side, tile, to_uint8
+from hrgan.pictures import grid_side, save_png, side_by_side, tile, to_array, to_float, to_uint8
 from hrgan.schedule import Due, Phase, Schedule, what_is_due
+from hrgan.sizes import size_text
 from hrgan.watch import Watch, beat
 
 LOOK_SECONDS = 2.0
@@ -45,7 +46,7 @@ class Run:
     folder: Path
     engine: Engine
     schedule: Schedule
-    manifest: Manifest
+    dataset: Dataset
     extractor: Extractor
     log: RunLog | None
     """On the main process only."""
@@ -59,6 +60,10 @@ class Run:
     bad_since_tick: int = 0
     """Samples that this process replaced since the last tick."""
     watch: Watch | None = None
+    warned_of_waiting: int | None = None
+    """The phase in which waiting for data was last warned of."""
+    ticks: int = 0
+    """Since the phase began: in the first one the loader starts."""
     look_every: int = 1
     """Steps between two looks for a reason to stop, so that looking costs next to nothing."""
 
@@ -77,8 +82,8 @@ class Run:
             raise Stopped(reason)
 
     def next_images(self, reals: Iterator[stream.Batch], phase: Phase) -> Tensor:
-        """This process's next (n, C, R, R) uint8 reals; black ones after a failure, so that no other process waits
-        for ever."""
+        """This process's next (n, C, H, W) reals as stored; black ones after a failure, so that no other process
+        waits for ever."""
         if self.failure is None:
             try:
                 batch = next(reals)
@@ -86,8 +91,9 @@ class Run:
                 return batch.images
             except DataError as error:
                 self.failure = error
-        shape = (self.config.network.channels, phase.resolution, phase.resolution)
-        return torch.zeros(phase.batch // self.engine.world, *shape, dtype=torch.uint8)
+        shape = (self.config.network.channels, *self.dataset.form.size(phase.resolution))
+        kind = torch.uint16 if self.config.network.bits == 16 else torch.uint8
+        return torch.zeros(phase.batch // self.engine.world, *shape, dtype=kind)
 
     def note_bad(self, batch: stream.Batch) -> None:
         """Count replaced samples; the first ten of each process are named at once, then one in a thousand."""
@@ -153,6 +159,8 @@ def end_tick(run: Run, phase: Phase, nimg: int) -> None:
         bad_samples=bad_samples,
     )
     in_a_row = row.pop("skipped_in_a_row")
+    waits = engine.gather(row["data_wait"])
+    warn_of_waiting(run, phase, waits)
     seconds = engine.mean(torch.tensor([row["sec_per_kimg"] * phase.batch / 1000], device=engine.device)).item()
     run.look_every = max(1, int(LOOK_SECONDS / seconds)) if seconds > 0 else 1
     if row["img_per_sec"] > 0:
@@ -176,6 +184,7 @@ def end_tick(run: Run, phase: Phase, nimg: int) -> None:
             "skipped_steps": run.progress.skipped_steps,
             "bad_samples": run.progress.bad_samples,
             "rollbacks": run.progress.rollbacks,
+            "data_wait_ranks": [round(wait, 4) for wait in waits],
         }
         run.log.tick(row, phase.fading, config.schedule.total_kimg, eta(run.schedule, phase, nimg, run.speeds))
     if in_a_row > config.optim.max_skipped:
@@ -186,6 +195,35 @@ def end_tick(run: Run, phase: Phase, nimg: int) -> None:
             "another --run with a lower optim.lr or in float32",
             since=nimg - in_a_row * phase.batch,
         )
+
+
+WAITED_TOO_LONG = 0.1
+"""Share of a tick in which a process waited for data that is worth a warning."""
+
+
+def warn_of_waiting(run: Run, phase: Phase, waits: list[float]) -> None:
+    """Name the process that waited longest for data, once a phase, with what can be done. waits: share of the tick, a
+    number for each rank."""
+    run.ticks += 1
+    rank = max(range(len(waits)), key=waits.__getitem__)
+    if waits[rank] <= WAITED_TOO_LONG or run.ticks < 2 or run.warned_of_waiting == phase.index:
+        return
+    run.warned_of_waiting = phase.index
+    data, form = run.config.data, run.dataset.form
+    remedies = [f"more --data.workers ({data.workers} a process now)"]
+    if form.format == "png" and form.bits == 8:
+        remedies.append("a set built with --format webp, which decodes faster")
+    elif form.format == "webp":
+        remedies.append("a set built with --format jpeg, which is smaller and decodes twice as fast, not lossless")
+    if any(member.store.local_root is None for member in run.dataset.members):
+        remedies.append("a --data.cache on a local disk that holds the whole tier")
+    else:
+        remedies.append("shards on a disk of this machine")
+    run.say(
+        f"warning: rank {rank} waited for data in {waits[rank]:.0%} of the last tick at "
+        f"{size_text(run.config.network.grid, phase.resolution)}: {', '.join(remedies)}; "
+        f"`hrgan bench data` shows where the time goes"
+    )
 
 
 def count_bad(run: Run) -> int:
@@ -211,28 +249,26 @@ def save_samples(run: Run, phase: Phase, nimg: int) -> None:
         fakes = torch.cat(
             [to_uint8(run.engine.ema(part, None, phase.alpha(nimg))).cpu() for part in torch.split(z, 16)]
         )
-    wanted = min(side * side, run.manifest.num_samples)
-    stored = stream.read_range(Path(run.config.data.path), run.manifest, phase.resolution, 0, wanted)
-    reals = torch.cat([batch.images for batch in stored])
+    wanted = min(side * side, run.dataset.num_samples)
+    stored = stream.read_range(run.dataset, phase.resolution, 0, wanted)
+    reals = torch.cat([to_uint8(to_float(batch.images, run.dataset.values)) for batch in stored])
     if not len(reals):
-        raise DataError(
-            f"{run.config.data.path}: none of its first {wanted} samples at {phase.resolution}² can be read"
-        )
+        raise DataError(f"{run.dataset.where}: none of its first {wanted} samples can be read")
     reals = reals[torch.arange(side * side) % len(reals)]  # A set smaller than the grid shows its pictures again.
     folder = run.folder / "samples"
     folder.mkdir(exist_ok=True)
     picture = side_by_side(tile(fakes, side), tile(reals, side))
-    save_png(picture, folder / f"{nimg / 1000:08.1f}kimg-{phase.resolution}px.png")
+    save_png(to_array(picture), folder / f"{nimg / 1000:08.1f}kimg-{phase.resolution}px.png")
 
 
 def measure(run: Run, phase: Phase, nimg: int) -> None:
     """Evaluate the EMA; remember it if it is the best of its kind. Stopped where a stop is asked for meanwhile."""
     beat(f"evaluating at {nimg / 1000:g} kimg")
     config, engine = run.config, run.engine
-    folders = [Path(config.data.path) / "stats", run.folder / "stats"]
+    folders = [run.dataset.stats_folder(), run.folder / "stats"]
     row = evaluate(
         config,
-        run.manifest,
+        run.dataset,
         engine.ema,
         phase.alpha(nimg),
         run.extractor,
@@ -245,8 +281,9 @@ def measure(run: Run, phase: Phase, nimg: int) -> None:
         return
     run.log.metric({"nimg": nimg, **row})
     value, name = row[run.extractor.metric], f"{run.extractor.metric} {run.extractor.sha256} {phase.resolution}"
+    size = size_text(config.network.grid, phase.resolution)
     run.say(
-        f"{run.extractor.metric} {value:.4f} at {nimg / 1000:g} kimg, {phase.resolution}² (floor "
+        f"{run.extractor.metric} {value:.4f} at {nimg / 1000:g} kimg, {size} (floor "
         f"{row[run.extractor.metric + '_floor']:.4f}; "
         f"{row['num_fake']} fakes, {row['num_real']} reals, {row['seconds']:.1f} s)"
         if value is not None
@@ -264,7 +301,7 @@ def save(run: Run) -> None:
     run.engine.check_same(state)
 
     def write() -> None:
-        checkpoint.save(run.folder, state, progress, config, run.manifest.real_set)
+        checkpoint.save(run.folder, state, progress, config, run.dataset.real_set)
         settle(run)
 
     run.engine.on_main(write)
@@ -285,7 +322,7 @@ def settle(run: Run) -> None:
 def finish(run: Run) -> None:
     """Mark the run as finished and say what came out."""
     run.engine.on_main(lambda: (run.folder / "FINISHED").write_text(f"{run.progress.nimg}\n"))
-    for line in summary(run.folder):
+    for line in summary(run.folder, run.config.network.grid):
         run.say(line)
 
 
@@ -359,7 +396,7 @@ def roll_back(run: Run, error: Diverged) -> State:
         checkpoint.point(run.folder, "latest", run.progress.nimg)
         checkpoint.forget_after(run.folder, run.progress.nimg, run.progress.best_nimg)
         # At once, so that a crash before the next checkpoint does not lose the lower rates.
-        checkpoint.save(run.folder, saved.state, run.progress, run.config, run.manifest.real_set)
+        checkpoint.save(run.folder, saved.state, run.progress, run.config, run.dataset.real_set)
 
     run.engine.on_main(keep_the_lower_rates)
     if run.log is not None:

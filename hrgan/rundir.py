@@ -10,6 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,7 +19,7 @@ import torch
 
 from hrgan import checkpoint
 from hrgan.config import Config, differences, from_dict, read_yaml, to_yaml
-from hrgan.data.manifest import Manifest, verify_sizes
+from hrgan.data.dataset import Dataset
 from hrgan.errors import DataError, Stopped, UserError
 from hrgan.schedule import Schedule
 
@@ -29,27 +30,42 @@ _held: list[TextIO] = []
 """Open lock files: closing one would drop its lock."""
 
 
-def check_shards(config: Config, manifest: Manifest, schedule: Schedule) -> None:
+def check_shards(config: Config, dataset: Dataset, schedule: Schedule) -> None:
     """Whether the set fits the configuration and each tier that the run will read is whole. UserError or DataError,
     one line."""
-    if manifest.channels != config.network.channels:
+    network, form, where = config.network, dataset.form, dataset.where
+    words = {"channels": "--channels", "bits": "--bits", "grid": "--resolution HEIGHTxWIDTH"}
+    for name, asked, held in (
+        ("channels", network.channels, form.channels),
+        ("bits", network.bits, form.bits),
+        ("grid", list(network.grid), list(form.grid)),
+    ):
+        if asked != held:
+            raise UserError(
+                f"network.{name}: {asked}, but {where} holds images of {held}; set --network.{name} "
+                f"{str(held).replace(' ', '')} or build the set with another {words[name]}"
+            )
+    if dataset.resolution < network.resolution:
         raise UserError(
-            f"network.channels: {config.network.channels}, but {config.data.path} holds images of {manifest.channels}; "
-            f"set --network.channels {manifest.channels} or build the set with --channels {config.network.channels}"
+            f"network.resolution: {network.resolution}, but {where} was built up to {dataset.resolution}; "
+            f"set --network.resolution {dataset.resolution} or build with --resolution {network.resolution}"
         )
-    if manifest.resolution < config.network.resolution:
-        raise UserError(
-            f"network.resolution: {config.network.resolution}, but {config.data.path} was built up to "
-            f"{manifest.resolution}; "
-            f"set --network.resolution {manifest.resolution} or build with --resolution {config.network.resolution}"
-        )
-    if manifest.num_samples < 4:
-        raise DataError(f"{config.data.path}: {manifest.num_samples} images, expected at least 4")
-    for tier in sorted({manifest.tier_for(phase.resolution) for phase in schedule.phases}):
-        verify_sizes(Path(config.data.path), manifest, tier)
+    if dataset.num_samples < 4:
+        raise DataError(f"{where}: {dataset.num_samples} images, expected at least 4")
+    for resolution in sorted({phase.resolution for phase in schedule.phases}):
+        dataset.check_tier(resolution)
 
 
-def open_run(folder: Path, config: Config, manifest: Manifest, say: Callable[[str], None]) -> Path | None:
+def with_values(config: Config, dataset: Dataset) -> Config:
+    """The configuration with the range of the set's numbers filled in, so that a run and its checkpoints keep what
+    they were trained with."""
+    if config.data.values is not None and tuple(config.data.values) != dataset.values:
+        low, high = dataset.values
+        raise UserError(f"data.values: {config.data.values}, but {dataset.where} has [{low}, {high}]; leave it out")
+    return replace(config, data=replace(config.data, values=list(dataset.values)))
+
+
+def open_run(folder: Path, config: Config, dataset: Dataset, say: Callable[[str], None]) -> Path | None:
     """Make a run directory, or check that this configuration may go on in it. The checkpoint to go on from, None at
     the start."""
     if folder.exists() and not folder.is_dir():
@@ -61,7 +77,7 @@ def open_run(folder: Path, config: Config, manifest: Manifest, say: Callable[[st
     _lock(folder, say)
     # A kill in the first moments leaves no more than these. SLURM's logs and a stop may be there before the run.
     untouched = {path.name for path in folder.iterdir()} <= {LOCK, ".environment.json", "slurm", "STOP"}
-    start = None if untouched else _reopen(folder, config, manifest, say)
+    start = None if untouched else _reopen(folder, config, dataset, say)
     for marker in ("STOP", "FINISHED"):
         (folder / marker).unlink(missing_ok=True)
     _replace(folder / "environment.json", json.dumps(environment(), indent=1) + "\n")
@@ -96,7 +112,7 @@ def _lock(folder: Path, say: Callable[[str], None]) -> None:
     _held.append(file)
 
 
-def _reopen(folder: Path, config: Config, manifest: Manifest, say: Callable[[str], None]) -> Path | None:
+def _reopen(folder: Path, config: Config, dataset: Dataset, say: Callable[[str], None]) -> Path | None:
     try:
         version = json.loads((folder / "environment.json").read_text())["run_format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -123,9 +139,9 @@ def _reopen(folder: Path, config: Config, manifest: Manifest, say: Callable[[str
     start = checkpoint.newest(folder, say)
     if start is not None:
         real_set = json.loads((start / "state.json").read_text())["real_set"]
-        if real_set != manifest.real_set:
+        if real_set != dataset.real_set:
             raise UserError(
-                f"data.path: {config.data.path} holds other images (set {manifest.real_set[:12]}) than "
+                f"data.path: {dataset.where} holds other images (set {dataset.real_set[:12]}) than "
                 f"{folder} was trained on ({real_set[:12]})"
             )
     return start

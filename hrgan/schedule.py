@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from hrgan.config import Config, at, resolutions
 from hrgan.errors import UserError
+from hrgan.sizes import size_text
 
 
 @dataclass(frozen=True)
@@ -169,13 +171,13 @@ def rows(schedule: Schedule) -> list[dict[str, float | int | bool]]:
     return [{key: getattr(phase, key) for key in keys} for phase in schedule.phases]
 
 
-def table(schedule: Schedule) -> str:
+def table(schedule: Schedule, grid: Sequence[int] = (4, 4)) -> str:
     """The same for people."""
-    lines = [f"{'kimg':>17}  {'size':>6}  {'part':6}  {'batch':>5}  {'lr G':>7}  {'lr D':>7}  {'steps':>8}  Adam"]
+    lines = [f"{'kimg':>17}  {'size':>9}  {'part':6}  {'batch':>5}  {'lr G':>7}  {'lr D':>7}  {'steps':>8}  Adam"]
     for p in schedule.phases:
         span = f"{p.kimg_from:g} - {p.kimg_to:g}"
         lines.append(
-            f"{span:>17}  {p.resolution:>5}²  {'fade' if p.fading else 'stable':6}  {p.batch:>5}  "
+            f"{span:>17}  {size_text(grid, p.resolution):>9}  {'fade' if p.fading else 'stable':6}  {p.batch:>5}  "
             f"{p.lr_g:>7g}  {p.lr_d:>7g}  {p.steps:>8,}  "
             f"{'starts anew' if p.resets_adam else 'goes on'}"
         )

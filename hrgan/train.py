@@ -18,9 +18,8 @@ from hrgan import losses
 from hrgan.checkpoint import Progress
 from hrgan.checks import world_problems
 from hrgan.config import CHUNK, Config, at, refuse
-from hrgan.data import manifest as shards
 from hrgan.data import stream
-from hrgan.data.manifest import Manifest
+from hrgan.data.dataset import Dataset, open_dataset
 from hrgan.engine import Engine, State
 from hrgan.errors import Diverged, HrganError, UserError
 from hrgan.metrics.extractor import make_extractor, settle_weights
@@ -41,8 +40,9 @@ from hrgan.run import (
     roll_back,
     settle,
 )
-from hrgan.rundir import check_shards, open_run
+from hrgan.rundir import check_shards, open_run, with_values
 from hrgan.schedule import Phase, make_schedule, what_is_due
+from hrgan.sizes import size_text
 from hrgan.watch import Watch, beat, patience, stop_time
 
 # Steps
@@ -137,8 +137,14 @@ def micro_size(config: Config, resolution: int, local: int) -> int:
     return max(size for size in range(4, local + 1, 4) if local % size == 0 and size <= max(4, limit))
 
 
+def stored_range(config: Config) -> tuple[int, int]:
+    """The stored numbers that become -1 and 1."""
+    low, high = config.data.values or (0, 2**config.network.bits - 1)
+    return low, high
+
+
 def prepare_step(engine: Engine, config: Config, phase: Phase, nimg: int, images: Tensor) -> list[Micro]:
-    """This process's reals (uint8, already its rows of the global batch) and noise, in micro-batches on the device."""
+    """This process's reals (as stored, its rows of the global batch) and noise, in micro-batches on the device."""
     rows = local_rows(nimg, phase.batch, engine.rank, engine.world)
 
     def noise(role: str, *shape: int) -> Tensor:
@@ -147,7 +153,7 @@ def prepare_step(engine: Engine, config: Config, phase: Phase, nimg: int, images
         # Only from pinned memory does a copy to the GPU not hold the host up.
         return (values.pin_memory() if engine.device.type == "cuda" else values).to(engine.device, non_blocking=True)
 
-    real = to_float(images.to(engine.device, non_blocking=True))
+    real = to_float(images.to(engine.device, non_blocking=True), stored_range(config))
     if config.data.mirror:
         real = torch.where(noise("mirror", 1, 1, 1) < 0.5, real.flip(3), real)
     if phase.fading:  # Reals fade as the generator's images do (Karras et al. 2018, appendix A).
@@ -171,20 +177,21 @@ def train(config: Config, folder: Path) -> None:
     with watching(config, engine) as watch:
         refuse(world_problems(config, engine.world), "config")
         if not config.data.path:
-            raise UserError("data.path: empty; name the folder that `hrgan data build` wrote: --data.path FOLDER")
-        manifest = shards.load(Path(config.data.path))
-        check_shards(config, manifest, schedule)
+            raise UserError("data.path: empty; name the folder or URL of a set of shards: --data.path SHARDS")
+        dataset = open_dataset(config.data)
+        check_shards(config, dataset, schedule)
+        config = with_values(config, dataset)
         say = print if engine.rank == 0 else _silent
         with patience("fetching the extractor's weights"):
             weights = engine.on_main(lambda: settle_weights(config.eval, say))
-        start = engine.on_main(lambda: open_run(folder, config, manifest, say))
+        start = engine.on_main(lambda: open_run(folder, config, dataset, say))
         saved = load_everywhere(engine, start) if start is not None else None
         progress = saved.progress if saved else Progress()
-        log = RunLog(folder, progress.nimg, config.log.tensorboard) if engine.rank == 0 else None
+        log = RunLog(folder, progress.nimg, config.log.tensorboard, config.network.grid) if engine.rank == 0 else None
         try:
             extractor = make_extractor(weights, engine.device)
             meter = Meter(engine.device)
-            run = Run(config, folder, engine, schedule, manifest, extractor, log, progress, meter, watch=watch)
+            run = Run(config, folder, engine, schedule, dataset, extractor, log, progress, meter, watch=watch)
             if saved is not None:
                 engine.on_main(lambda: settle(run))
             if progress.nimg >= schedule.nimg_total and not owes_evaluation(run):
@@ -193,7 +200,7 @@ def train(config: Config, folder: Path) -> None:
                 return
             run.say(
                 f"{'going on' if saved else 'starting'} at {progress.nimg / 1000:g} kimg in {folder}: "
-                f"{manifest.num_samples:,} images, "
+                f"{dataset.num_samples:,} images, "
                 f"{engine.world} x {engine.device.type} ({engine.name}), {config.precision}, {extractor.metric}"
             )
             run_phases(run, saved.state if saved else None)
@@ -219,14 +226,15 @@ def run_phase(run: Run, phase: Phase, state: State | None) -> State:
     """The loop: steps, and what is due between steps. The tensors at the phase's end."""
     config, engine, schedule, meter = run.config, run.engine, run.schedule, run.meter
     nimg = run.progress.nimg
-    beat(f"step {schedule.step(nimg)}, building {phase.resolution}²", nimg)
+    beat(f"step {schedule.step(nimg)}, building {size_text(config.network.grid, phase.resolution)}", nimg)
     engine.enter(phase, state)
     part = "fading in" if phase.fading else "stable"
     place = f"phase {phase.index + 1}/{len(schedule.phases)}"
-    run.say(f"{place}: {phase.resolution}² {part}, batch {phase.batch}, to {phase.nimg_to / 1000:g} kimg")
-    reals, unmoved = open_reals(config, engine, run.manifest, phase, nimg), engine.weights()
+    size = size_text(config.network.grid, phase.resolution)
+    run.say(f"{place}: {size} {part}, batch {phase.batch}, to {phase.nimg_to / 1000:g} kimg")
+    reals, unmoved = open_reals(config, engine, run.dataset, phase, nimg), engine.weights()
     meter.restart()
-    run.look_every = 1
+    run.look_every, run.ticks = 1, 0
     while nimg < phase.nimg_to:
         # One step
         step = schedule.step(nimg)
@@ -279,12 +287,11 @@ def watching(config: Config, engine: Engine) -> Iterator[Watch]:
             watch.stop()
 
 
-def open_reals(config: Config, engine: Engine, manifest: Manifest, phase: Phase, nimg: int) -> Iterator[stream.Batch]:
+def open_reals(config: Config, engine: Engine, dataset: Dataset, phase: Phase, nimg: int) -> Iterator[stream.Batch]:
     """This process's share of the endless batches from `nimg` on."""
     data = config.data
     return stream.batches(
-        Path(data.path),
-        manifest,
+        dataset,
         phase.resolution,
         seed=config.seed,
         slots=data.slots,

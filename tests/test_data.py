@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -20,11 +21,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hrgan.data import build as build_module
 from hrgan.data import drawn, images
 from hrgan.data import manifest as manifests
 from hrgan.data.build import build
-from hrgan.data.manifest import BadSample
+from hrgan.data.check import check as check_set
+from hrgan.data.dataset import Dataset, open_set
+from hrgan.data.manifest import Form
 from hrgan.data.order import Order
+from hrgan.data.shards import BadSample, RawSample, parse_meta
 from hrgan.data.stream import BadSamples, Batch, batches, read_range
 from hrgan.errors import DataError, UserError
 
@@ -54,15 +59,26 @@ def stored(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
+FORM = Form((16, 32, 64), (4, 4), 3, 8, "webp", 95, "crop", "lanczos", "white", "auto")
+
+
+def opened(root: Path) -> Dataset:
+    return Dataset((open_set(str(root)),), (1.0,))
+
+
+def check(root: Path) -> list[str]:
+    return check_set(*open_set(str(root)))
+
+
 def show(root: Path, count: int, resolution: int = 16, workers: int = 0, nimg: int = 0) -> list[Batch]:
-    reader = batches(root, manifests.load(root), resolution, seed=1, slots=2, window=8, nimg=nimg, batch=8, rank=0,
+    reader = batches(opened(root), resolution, seed=1, slots=2, window=8, nimg=nimg, batch=8, rank=0,
                      world=1, workers=workers)  # fmt: skip
     return [next(reader) for _ in range(count)]
 
 
 def everything(root: Path, resolution: int = 16, workers: int = 0) -> list[Batch]:
-    manifest = manifests.load(root)
-    return list(read_range(root, manifest, resolution, 0, manifest.num_samples, batch=7, workers=workers))
+    dataset = opened(root)
+    return list(read_range(dataset, resolution, 0, dataset.num_samples, batch=7, workers=workers))
 
 
 def shard(root: Path, tier: int, number: int) -> Path:
@@ -91,7 +107,7 @@ def through(image: Image.Image, file_format: str, **options: object) -> np.ndarr
     """Save a picture, read it as the build does; (H, W, 3) uint8."""
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
-    return np.asarray(images.read_image(buffer.getvalue()))
+    return np.asarray(images.read_picture(buffer.getvalue(), FORM).image)
 
 
 # What each kind of picture becomes
@@ -149,7 +165,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(file_format: str) -> None:
 
 
 def test_grey_of_unknown_range_is_unreadable() -> None:
-    with pytest.raises(images.Unusable, match="grey mode F"):
+    with pytest.raises(images.Unusable, match=r"grey values 0.5 to 0.5, expected whole numbers from 0 to 255"):
         through(Image.new("F", (8, 8), 0.5), "TIFF")
 
 
@@ -160,17 +176,17 @@ def test_grey_is_repeated_into_three_channels(mode: str) -> None:
 
 def test_crop_is_central_and_each_tier_comes_straight_from_it() -> None:
     image = picture(3, (96, 64))
-    tiers = images.make_tiers(image, (16, 32, 64), 3)
+    tiers = images.make_tiers(images.Picture(image), FORM)
     square = image.crop((16, 0, 80, 64))
-    assert (np.asarray(tiers[2]) == np.asarray(square)).all()
-    assert (np.asarray(tiers[0]) == np.asarray(square.resize((16, 16), Image.Resampling.LANCZOS))).all()
-    assert images.make_tiers(image, (16,), 1)[0].mode == "L"
+    assert (tiers.images[2] == np.asarray(square)).all()
+    assert (tiers.images[0] == np.asarray(square.resize((16, 16), Image.Resampling.LANCZOS))).all()
+    assert tiers.size == (96, 64)
 
 
 def test_box_mean_rounds_to_nearest() -> None:
     block = np.array([0, 0, 0, 2, 1, 1, 0, 0], np.uint8).reshape(1, 2, 4, 1)  # boxes: 0 0 1 1 and 0 2 0 0
-    assert images.box_mean(block[:, :, :2], 1).ravel().tolist() == [1]  # 2 / 4 = 0.5 goes up
-    assert images.box_mean(block[:, :, 2:], 1).ravel().tolist() == [1]
+    assert images.box_mean(block[:, :, :2], 2).ravel().tolist() == [1]  # 2 / 4 = 0.5 goes up
+    assert images.box_mean(block[:, :, 2:], 2).ravel().tolist() == [1]
 
 
 @pytest.mark.parametrize(("image_format", "tolerance"), [("webp", 0), ("png", 0), ("jpeg", 12)])
@@ -179,15 +195,15 @@ def test_formats_store_what_the_manifest_says(
     folder: Path, tmp_path: Path, image_format: str, tolerance: int, channels: int
 ) -> None:
     manifest = build(str(folder), tmp_path / "set", 32, image_format=image_format, channels=channels, workers=0)
-    assert manifests.check(tmp_path / "set") == []
+    assert check(tmp_path / "set") == []
     assert manifest == manifests.load(tmp_path / "set")
     whole = [picture for batch in everything(tmp_path / "set", 32) for picture in batch.images.numpy()]
     assert whole[0].shape == (channels, 32, 32)
     with tarfile.open(shard(tmp_path / "set", 32, 0)) as archive:
         for number, found in enumerate(whole):
             meta = json.load(archive.extractfile(f"{number:09d}.json"))
-            source = images.read_image((folder / meta["origin"]).read_bytes())
-            expected = np.asarray(images.make_tiers(source, (32,), channels)[0]).reshape(32, 32, channels)
+            source = images.read_picture((folder / meta["origin"]).read_bytes(), manifest.form)
+            expected = images.make_tiers(source, manifest.form).images[1]
             assert np.abs(found.transpose(1, 2, 0).astype(int) - expected).max() <= tolerance
 
 
@@ -197,7 +213,7 @@ def test_formats_store_what_the_manifest_says(
 def test_a_build_of_classes_counts_and_labels_them(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     build(str(folder), out, 32, labels="folder", workers=0, shard_samples=10, name="pets")
-    info = manifests.info(out)
+    info = manifests.info(manifests.load(out))
     assert info["classes"] == {"cat": 16, "dog": 8}
     assert info["num_samples"] == 24
     assert {tier: found["shards"] for tier, found in info["tiers"].items()} == {16: 3, 32: 3}
@@ -240,7 +256,7 @@ def test_any_webdataset_reader_reads_the_shards(stored: Path) -> None:
     assert len(samples) == 16
     assert samples[3]["__key__"] == "000000003"
     assert samples[3]["webp"].size == (32, 32)
-    assert set(samples[3]["json"]) == {"label", "origin", "crc32"}
+    assert set(samples[3]["json"]) == {"label", "origin", "crc32", "size"}
 
 
 def test_unusable_files_are_skipped_counted_and_listed(folder: Path, tmp_path: Path) -> None:
@@ -284,23 +300,23 @@ def test_folders_without_images_say_what_they_hold(tmp_path: Path) -> None:
     source.mkdir()
     with pytest.raises(DataError, match="found no files, expected images"):
         build(str(source), tmp_path / "set", 16, workers=0)
-    for name in ("a.txt", "b.TXT", "c.gif"):
+    for name in ("a.txt", "b.TXT", "c.mp4"):
         (source / name).touch()
-    with pytest.raises(DataError, match=r"found 3 other files \(.txt 2, .gif 1\)"):
+    with pytest.raises(DataError, match=r"found 3 other files \(.txt 2, .mp4 1\)"):
         build(str(source), tmp_path / "set", 16, workers=0)
 
 
 def test_wrong_arguments_are_named(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
-    with pytest.raises(UserError, match="resolution is 100, expected a power of two of 16 or more; nearest: 128"):
+    with pytest.raises(UserError, match=r"resolution is 100, expected .*; nearest: 128"):
         build(str(folder), out, 100, workers=0)
     with pytest.raises(UserError, match=r"resolution is 8, .*nearest: 16"):
         build(str(folder), out, 8, workers=0)
-    with pytest.raises(UserError, match="missing is no folder"):
+    with pytest.raises(UserError, match="missing is no folder and no file"):
         build(str(tmp_path / "missing"), out, 16, workers=0)
     with pytest.raises(UserError, match="expected drawn:COUNT"):
         build("drawn:many", out, 16, workers=0)
-    with pytest.raises(UserError, match=r"quality is 0, .*; channels is 4"):
+    with pytest.raises(UserError, match=r"quality is 0, .*; channels is 4 with alpha white"):
         build(str(folder), out, 16, quality=0, channels=4, workers=0)
     assert not out.exists()
     picture(1).save(folder / "loose.png")
@@ -311,14 +327,14 @@ def test_wrong_arguments_are_named(folder: Path, tmp_path: Path) -> None:
 def test_a_folder_with_anything_else_is_left_alone(tmp_path: Path, stored: Path) -> None:
     with pytest.raises(UserError, match="already holds a set"):
         build("drawn:8", stored, 16, workers=0)
-    assert manifests.check(stored) == []
+    assert check(stored) == []
     build("drawn:8", stored, 16, workers=0, overwrite=True)
     assert manifests.load(stored).num_samples == 8
     assert not (stored / "32").exists()
     (stored / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"holds thesis.tex, which no build wrote"):
         build("drawn:9", stored, 16, workers=0, overwrite=True)
-    assert manifests.check(stored) == []
+    assert check(stored) == []
     (tmp_path / "mine" / "64").mkdir(parents=True)
     (tmp_path / "mine" / "64" / "photo.jpg").touch()
     with pytest.raises(UserError, match="holds 64"):
@@ -326,7 +342,8 @@ def test_a_folder_with_anything_else_is_left_alone(tmp_path: Path, stored: Path)
     assert (tmp_path / "mine" / "64" / "photo.jpg").exists()
 
 
-def build_in_another_process(out: Path, count: int) -> subprocess.Popen[bytes]:
+def build_in_another_process(out: Path, count: int, after: int = 2) -> subprocess.Popen[bytes]:
+    """Building; it has written `after` shards of a tier."""
     code = f"from pathlib import Path; from hrgan.data.build import build; build('drawn:{count}', Path({str(out)!r}), 64, workers=2, shard_samples=16)"  # noqa: E501
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -335,7 +352,7 @@ def build_in_another_process(out: Path, count: int) -> subprocess.Popen[bytes]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's `&` has it ignored
     )
     deadline = time.monotonic() + 60
-    while not list(out.glob("64/*-00002.tar")):
+    while not list(out.glob(f"64/*-{after:05d}.tar")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -353,31 +370,76 @@ def test_a_killed_build_leaves_no_set_and_can_be_repeated(tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"manifest.json is missing, so .* is no finished set"):
         manifests.load(out)
     build("drawn:20", out, 16, workers=0)
-    assert manifests.check(out) == []
+    assert check(out) == []
     assert sorted(p.name for p in out.iterdir()) == ["16", "manifest.json", "skipped.csv"]
 
 
-def test_an_interrupted_build_cleans_up(tmp_path: Path) -> None:
+def files_of(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_build_that_is_stopped_and_killed_goes_on_to_the_same_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build("drawn:400", tmp_path / "whole", 64, workers=2, shard_samples=16)
     out = tmp_path / "set"
-    process = build_in_another_process(out, 100_000)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) != 0
-    assert [p.name for p in out.iterdir()] == ["skipped.csv"]
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
+        process = build_in_another_process(out, 400, after=1 + len(list(out.glob("64/*.tar"))))
+        process.send_signal(number)
+        assert process.wait(timeout=20) != 0
+        assert not (out / "manifest.json").exists()
+    build("drawn:400", out, 64, workers=2, shard_samples=16)
+    found = re.search(r"going on after (\d+) pictures", capsys.readouterr().err)
+    assert found is not None
+    assert 48 <= int(found[1]) < 400
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("change", ["options", "source", "index"])
+def test_what_an_interrupted_build_left_is_only_gone_on_with_as_it_was(
+    change: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, whole = tmp_path / "set", tmp_path / "whole"
+    made = iter(range(20))
+    usual = build_module.make
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "make", lambda *words: usual(*words) if next(made, 20) < 19 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(str(folder), out, 32, name="x", workers=0, shard_samples=4)
+    assert (out / "build.sqlite").exists()
+    assert len(list(out.glob("16/*.tar"))) == 5
+    options = {"name": "x", "workers": 0, "shard_samples": 4}
+    if change == "options":
+        options["min_size"] = 20
+    elif change == "source":
+        picture(77).save(folder / "cat" / "new.png")
+    else:
+        (out / "build.sqlite").write_bytes(b"no database" * 100)
+    build(str(folder), out, 32, **options)
+    said = {"options": "with other options", "source": "the source has changed", "index": "build.sqlite is damaged"}
+    assert f"building from the start, because {'it holds part of a build ' if change == 'options' else ''}{said[change]}" in capsys.readouterr().err  # noqa: E501
+    build(str(folder), whole, 32, **options)
+    assert files_of(out) == files_of(whole)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_full_disk_is_said_and_leaves_no_set(tmp_path: Path) -> None:
+def test_a_full_disk_is_said_and_the_build_goes_on_when_there_is_room(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"mounting a small disk failed: {mounted.stderr.decode().strip()}")
     try:
-        for count in (3_000, 200_000):  # the first fills it with shards, the second with the index
-            with pytest.raises(UserError, match=r"set: cannot write .* MB free"):
-                build(f"drawn:{count}", disk / "set", 32, workers=0)
-            assert not (disk / "set" / "manifest.json").exists()
-            assert not list((disk / "set").rglob("*.tar"))
+        with pytest.raises(UserError, match=r"large: cannot write .* MB free"):
+            build("drawn:200000", disk / "large", 32, workers=0)  # The index alone fills it.
+        shutil.rmtree(disk / "large")
+        with pytest.raises(UserError, match=r"set: cannot write .* MB free"):
+            build("drawn:3000", disk / "set", 32, name="x", workers=0, shard_samples=100)
+        assert not (disk / "set" / "manifest.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+        build("drawn:3000", disk / "set", 32, name="x", workers=0, shard_samples=100)
+        build("drawn:3000", tmp_path / "whole", 32, name="x", workers=0, shard_samples=100)
+        assert files_of(disk / "set") == files_of(tmp_path / "whole")
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -425,12 +487,12 @@ def test_the_drawn_set_labels_shapes(stored: Path) -> None:
 
 
 def test_a_sound_set_has_no_problems_and_reads_alike_in_order(stored: Path) -> None:
-    assert manifests.check(stored) == []
+    assert check(stored) == []
     for workers in (0, 2):
         read = everything(stored, 8, workers)
         assert [x for batch in read for x in batch.samples.tolist()] == list(range(40))
         assert [tuple(batch.images.shape) for batch in read] == [(7, 3, 8, 8)] * 5 + [(5, 3, 8, 8)]
-    part = list(read_range(stored, manifests.load(stored), 16, 15, 34, batch=10))
+    part = list(read_range(opened(stored), 16, 15, 34, batch=10))
     assert [x for batch in part for x in batch.samples.tolist()] == list(range(15, 34))
     with pytest.raises(DataError, match="goes up to 32, asked for 64"):
         show(stored, 1, resolution=64)
@@ -460,7 +522,7 @@ def test_a_flipped_byte_in_a_picture_is_replaced_counted_and_named(stored: Path)
     left = everything(stored)
     assert [line for batch in left for line in batch.bad if "sample 000000003: crc32 is" in line]
     assert sum(len(batch.samples) for batch in left) == manifests.load(stored).num_samples - 1
-    assert any("sample 000000003: crc32" in line for line in manifests.check(stored))
+    assert any("sample 000000003: crc32" in line for line in check(stored))
 
 
 def test_the_replacement_does_not_depend_on_where_reading_starts(stored: Path) -> None:
@@ -491,7 +553,7 @@ def test_the_replacement_is_the_next_good_sample_of_the_window(stored: Path) -> 
 def test_a_flipped_byte_that_hurts_no_sample_is_still_found_by_check(stored: Path) -> None:
     path = shard(stored, 16, 0)
     change(path, path.stat().st_size - 1)  # the padding after the archive's end
-    lines = manifests.check(stored)
+    lines = check(stored)
     assert len(lines) == 1
     assert f"{path}: sha256 is" in lines[0]
 
@@ -513,7 +575,7 @@ def test_a_flipped_byte_in_a_header_is_a_data_error(stored: Path, byte: int, mes
     change(path, offset_of(path, "000000005.json") - 512 + byte)
     with pytest.raises(DataError, match=f"{path}: found .*({message}).*expected"):
         show(stored, 20, workers=workers)
-    assert any(str(path) in line for line in manifests.check(stored))
+    assert any(str(path) in line for line in check(stored))
 
 
 def rewrite(root: Path, number: int, data: bytes) -> None:
@@ -531,14 +593,14 @@ def test_a_cut_shard_is_a_data_error_before_and_while_reading(stored: Path, wher
     start = offset_of(path, "000000020.webp") - 512
     cut = whole[: start + {"between samples": 0, "inside a header": 100, "inside contents": 600}[where]]
     path.write_bytes(cut)
-    with pytest.raises(DataError, match=f"{path}: found {len(cut)} bytes, expected {len(whole)}; copy the set"):
+    with pytest.raises(DataError, match=f"{path}: found {len(cut)} bytes, expected {len(whole)} bytes; copy the set"):
         show(stored, 1)
     rewrite(stored, 1, cut)
     with pytest.raises(
         DataError, match=f"{path}: found the end of the shard (after 4 samples, expected 16|inside 000000020.webp)"
     ):
         show(stored, 20)
-    assert any(str(path) in line for line in manifests.check(stored))
+    assert any(str(path) in line for line in check(stored))
 
 
 def test_extra_samples_and_foreign_shards_are_data_errors(stored: Path) -> None:
@@ -550,7 +612,7 @@ def test_extra_samples_and_foreign_shards_are_data_errors(stored: Path) -> None:
     rewrite(stored, 1, first)
     with pytest.raises(DataError, match=r"found member '000000000.webp', expected 000000016.webp"):
         everything(stored)
-    assert any("000000016.webp" in line for line in manifests.check(stored))
+    assert any("000000016.webp" in line for line in check(stored))
 
 
 def test_a_missing_shard_and_a_missing_json_are_data_errors(stored: Path) -> None:
@@ -563,12 +625,11 @@ def test_a_missing_shard_and_a_missing_json_are_data_errors(stored: Path) -> Non
     path.unlink()
     with pytest.raises(DataError, match=f"{path}: No such file or directory, expected"):
         show(stored, 1)
-    assert any(f"{path}: No such file" in line for line in manifests.check(stored))
+    assert any(f"{path}: No such file" in line for line in check(stored))
 
 
 def test_a_shard_that_vanishes_while_workers_read_is_a_data_error(stored: Path) -> None:
-    manifest = manifests.load(stored)
-    reader = batches(stored, manifest, 16, seed=1, slots=2, window=8, nimg=0, batch=8, rank=0, world=1, workers=0)
+    reader = batches(opened(stored), 16, seed=1, slots=2, window=8, nimg=0, batch=8, rank=0, world=1, workers=0)
     next(reader)
     shutil.rmtree(stored / "16")
     with pytest.raises(DataError, match="No such file or directory, expected a readable shard"):
@@ -576,15 +637,16 @@ def test_a_shard_that_vanishes_while_workers_read_is_a_data_error(stored: Path) 
 
 
 def test_pictures_of_the_wrong_size_or_label_are_bad_samples() -> None:
-    with pytest.raises(BadSample, match="32x32 pixels, expected 16x16"):
-        images.decode(images.encode(picture(1, (32, 32)), "webp", 95), "webp", 3, 16)
-    with pytest.raises(BadSample, match="does not decode"):
-        images.decode(b"RIFF", "webp", 3, 16)
-    sample = manifests.RawSample("000000000", b"", b'{"label": 3, "origin": "", "crc32": 0}')
+    with pytest.raises(BadSample, match=r"32x32x3 \(height, width, channels\), expected 16x16x3"):
+        images.decode(images.encode(np.asarray(picture(1, (32, 32))), FORM), FORM, 16)
+    for broken in (b"RIFF", b""):
+        with pytest.raises(BadSample, match="does not decode"):
+            images.decode(broken, FORM, 16)
+    sample = RawSample("000000000", b"", b'{"label": 3, "origin": "", "crc32": 0, "size": [1, 1]}')
     with pytest.raises(BadSample, match="label is 3, expected less than 3"):
-        manifests.parse_meta(sample, 3)
+        parse_meta(sample, 3)
     with pytest.raises(BadSample, match="unreadable json"):
-        manifests.parse_meta(sample._replace(meta=b"{"), 3)
+        parse_meta(sample._replace(meta=b"{"), 3)
 
 
 def test_an_unusable_manifest_is_one_clear_line(stored: Path) -> None:
@@ -592,8 +654,8 @@ def test_an_unusable_manifest_is_one_clear_line(stored: Path) -> None:
     fields = json.loads(path.read_text())
     for changed, message in [
         ("{", "unreadable"),
-        (json.dumps(fields | {"version": 2}), "version is 2, expected 1"),
-        (json.dumps({k: v for k, v in fields.items() if k not in ("seed", "fit")}), "fit, seed missing"),
+        (json.dumps(fields | {"version": 1}), "version is 1, expected 2"),
+        (json.dumps({k: v for k, v in fields.items() if k not in ("seed", "form")}), "form, seed missing"),
         (json.dumps(fields | {"tiers": [1]}), "wrong shape"),
         (json.dumps(fields | {"num_samples": 41}), "contradict"),
         ("[]", "version is None"),
@@ -603,8 +665,8 @@ def test_an_unusable_manifest_is_one_clear_line(stored: Path) -> None:
             manifests.load(stored)
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
-    path.write_text(json.dumps(fields | {"filter": "box"}))
-    assert manifests.check(stored) == [f"{path}: real_set does not match its fields; it was edited after the build"]
+    path.write_text(json.dumps(fields | {"form": fields["form"] | {"filter": "box"}}))
+    assert check(stored) == [f"{path}: real_set does not match its fields; it was edited after the build"]
 
 
 def peak_bytes(process: int) -> int:

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from hrgan import checkpoint
-from hrgan.data import manifest as manifests
+from hrgan.data.dataset import Dataset, open_set
 from hrgan.data.stream import read_range
-from hrgan.pictures import save_png
+from hrgan.pictures import save_png, to_array
 from tests.conftest import TINY, Children, cli
 from tests.test_metrics import offline
 from tests.test_train import train
@@ -74,9 +74,9 @@ def test_eval_of_a_folder_of_images(
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
     (tmp_path / "own").mkdir()
-    for batch in read_range(shards, manifests.load(shards), 32, 0, 96):
+    for batch in read_range(Dataset((open_set(str(shards)),), (1.0,)), 32, 0, 96):
         for number, image in zip(batch.samples.tolist(), batch.images, strict=True):
-            save_png(image, tmp_path / "own" / f"{number:04d}.png")
+            save_png(to_array(image), tmp_path / "own" / f"{number:04d}.png")
     assert cli("generate", run, "--out", tmp_path / "fakes", "--count", 24) == 0
     capsys.readouterr()
     rows = []

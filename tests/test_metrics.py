@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hrgan.config import Config, DataConfig, EvalConfig, NetworkConfig
-from hrgan.data import manifest as manifests
+from hrgan.data.dataset import Dataset, open_set
 from hrgan.data.stream import read_range
 from hrgan.errors import DataError, UserError
 from hrgan.metrics import extractor as extractors
@@ -26,6 +26,16 @@ from hrgan.pictures import to_float, to_uint8
 from tests.conftest import Children
 
 CPU = torch.device("cpu")
+
+
+def sets(shards: Path | str) -> Dataset:
+    return Dataset((open_set(str(shards)),), (1.0,))
+
+
+def named(dataset: Dataset, real_set: str) -> Dataset:
+    """The same pictures under another hash."""
+    (member,) = dataset.members
+    return Dataset((member._replace(manifest=replace(member.manifest, real_set=real_set)),), (1.0,))
 
 
 def small(shards: Path, **eval_fields: Any) -> Config:
@@ -61,8 +71,8 @@ def measured(shards: str, weights: str, out: str) -> int:
     config = small(Path(shards))
     engine = Engine(config)
     generator = make_generator(config, 16, False, None)
-    manifest = manifests.load(Path(shards))
-    row = evaluate(config, manifest, generator, 1.0, make_extractor(Path(weights), CPU), engine.rank, engine.world, [])
+    dataset = sets(shards)
+    row = evaluate(config, dataset, generator, 1.0, make_extractor(Path(weights), CPU), engine.rank, engine.world, [])
     if engine.rank == 0:
         Path(out).write_text(json.dumps(row))
     engine.close()
@@ -79,7 +89,7 @@ def test_fid_equals_torch_fidelity_s_own_on_one_and_on_two_processes(
     z = latents(0, 70, 8, config.seed, "eval")
     with torch.no_grad():
         fakes = to_uint8(make_generator(config, 16, False, None)(z, None, 1.0))
-    reals = torch.cat([batch.images for batch in read_range(shards, manifests.load(shards), 16, 0, 96)])
+    reals = torch.cat([batch.images for batch in read_range(sets(shards), 16, 0, 96)])
 
     class Pictures(torch.utils.data.Dataset[torch.Tensor]):
         def __init__(self, images: torch.Tensor) -> None:
@@ -129,7 +139,7 @@ def test_without_inception_the_number_is_never_called_fid(shards: Path) -> None:
     config = small(shards, extractor="random")
     generator = make_generator(config, 16, False, None)
     extractor = make_extractor(settle_weights(config.eval, print), CPU)
-    row = evaluate(config, manifests.load(shards), generator, 1.0, extractor, 0, 1, [])
+    row = evaluate(config, sets(shards), generator, 1.0, extractor, 0, 1, [])
     assert "fid" not in row
     assert row["fd_random"] > row["fd_random_floor"] > 0
     provenance = {"extractor", "extractor_sha256", "resize", "num_fake", "num_real", "real_set", "seconds"}
@@ -147,7 +157,7 @@ def test_evaluation_leaves_the_training_mode_and_the_random_state(shards: Path) 
     config = small(shards, extractor="random")
     generator = make_generator(config, 16, False, None).train()
     state = torch.get_rng_state()
-    evaluate(config, manifests.load(shards), generator, 1.0, make_extractor(None, CPU), 0, 1, [])
+    evaluate(config, sets(shards), generator, 1.0, make_extractor(None, CPU), 0, 1, [])
     assert generator.training
     assert torch.equal(state, torch.get_rng_state())
 
@@ -158,7 +168,7 @@ def test_a_broken_generator_gets_no_number(shards: Path) -> None:
     with torch.no_grad():
         generator.to_rgb["16"].bias.fill_(float("nan"))
     extractor = make_extractor(None, CPU)
-    row = evaluate(config, manifests.load(shards), generator, 1.0, extractor, 0, 1, [])
+    row = evaluate(config, sets(shards), generator, 1.0, extractor, 0, 1, [])
     assert row["fd_random"] is None
     assert row["fd_random_floor"] > 0
 
@@ -173,12 +183,12 @@ def test_real_statistics_are_cached_and_rebuilt_when_anything_differs(
         return read_range(*arguments, **keywords)
 
     monkeypatch.setattr("hrgan.metrics.frechet.read_range", counting)
-    manifest, extractor = manifests.load(shards), make_extractor(None, CPU)
+    dataset, extractor = sets(shards), make_extractor(None, CPU)
 
     def made(
         resolution: int = 16,
         count: int | None = None,
-        real_set: str = manifest.real_set,
+        real_set: str = dataset.real_set,
         sha256: str = extractor.sha256,
     ) -> bool:
         """Whether the statistics were made anew."""
@@ -186,7 +196,7 @@ def test_real_statistics_are_cached_and_rebuilt_when_anything_differs(
         config = small(shards, num_real=count)
         real_moments(
             config,
-            replace(manifest, real_set=real_set),
+            named(dataset, real_set),
             resolution,
             replace(extractor, sha256=sha256),
             0,
@@ -202,8 +212,8 @@ def test_real_statistics_are_cached_and_rebuilt_when_anything_differs(
     assert made(real_set="other")
     assert made(sha256="other")
     assert not made(count=50)
-    cached = real_moments(small(shards), manifest, 16, extractor, 0, 1, [tmp_path])
-    fresh = real_moments(small(shards), manifest, 16, extractor, 0, 1, [])
+    cached = real_moments(small(shards), dataset, 16, extractor, 0, 1, [tmp_path])
+    fresh = real_moments(small(shards), dataset, 16, extractor, 0, 1, [])
     for half in ("even", "odd"):
         assert all(map(torch.equal, vars(getattr(cached, half)).values(), vars(getattr(fresh, half)).values()))
     assert (cached.even.count, cached.odd.count) == (48, 48)
@@ -218,15 +228,15 @@ def test_a_real_sample_that_cannot_be_read_is_left_out_counted_and_not_cached(
     content = bytearray(tar.read_bytes())
     content[600] ^= 1  # In the first picture: the first header takes 512 bytes.
     tar.write_bytes(content)
-    config, manifest = small(copy, extractor="random"), manifests.load(copy)
+    config, dataset = small(copy, extractor="random"), sets(copy)
     generator, extractor = make_generator(config, 16, False, None), make_extractor(None, CPU)
-    row = evaluate(config, manifest, generator, 1.0, extractor, 0, 1, [tmp_path / "cache"])
+    row = evaluate(config, dataset, generator, 1.0, extractor, 0, 1, [tmp_path / "cache"])
     assert row["num_real"] == 95
     assert "sample 000000000: crc32 is" in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
     strict = replace(config, data=replace(config.data, max_bad=0.0))
     with pytest.raises(DataError, match=r"1 of 96 real samples at 16² cannot be read, more than data.max_bad 0"):
-        evaluate(strict, manifest, generator, 1.0, extractor, 0, 1, [])
+        evaluate(strict, dataset, generator, 1.0, extractor, 0, 1, [])
 
 
 # Weights, settled at launch

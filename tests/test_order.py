@@ -10,6 +10,7 @@ import pytest
 from hrgan.config import CHUNK
 from hrgan.data import manifest as manifests
 from hrgan.data.build import build
+from hrgan.data.dataset import Dataset, open_set
 from hrgan.data.manifest import Manifest
 from hrgan.data.order import Order
 from hrgan.data.stream import batches
@@ -104,8 +105,9 @@ def read(
     stored: tuple[Path, Manifest], nimg: int, batch: int, rank: int, world: int, workers: int, count: int
 ) -> np.ndarray:
     """(count, batch / world) numbers of the samples shown."""
-    root, manifest = stored
-    reader = batches(root, manifest, 16, seed=9, slots=6, window=16, nimg=nimg, batch=batch, rank=rank, world=world,
+    root, _ = stored
+    dataset = Dataset((open_set(str(root)),), (1.0,))
+    reader = batches(dataset, 16, seed=9, slots=6, window=16, nimg=nimg, batch=batch, rank=rank, world=world,
                      workers=workers)  # fmt: skip
     return np.stack([next(reader).samples.numpy() for _ in range(count)])
 
@@ -140,9 +142,9 @@ def test_starting_in_the_middle_continues_the_sequence(stored: tuple[Path, Manif
 
 @pytest.mark.filterwarnings(WARNED)
 def test_pictures_and_labels_travel_with_their_numbers_through_workers(stored: tuple[Path, Manifest]) -> None:
-    root, manifest = stored
+    dataset = Dataset((open_set(str(stored[0])),), (1.0,))
     settings = {"seed": 9, "slots": 6, "window": 16, "nimg": 44, "batch": 28, "rank": 0, "world": 1}
-    alone, shared = (batches(root, manifest, 16, workers=workers, **settings) for workers in (0, 3))
+    alone, shared = (batches(dataset, 16, workers=workers, **settings) for workers in (0, 3))
     for _ in range(12):
         a, b = next(alone), next(shared)
         assert a.images.shape == (28, 3, 16, 16)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -77,20 +78,30 @@ def test_parts_of_processes_at_the_same_time(source: Path, single: dict[str, byt
     assert contents(out) == single
 
 
-def test_a_killed_part_is_missing_and_can_be_built_again(
-    source: Path, single: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def killed_after(results: Iterator[object], count: int) -> Iterator[object]:
+    for number, result in enumerate(results):
+        if number == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield result
+
+
+def test_a_killed_part_is_missing_and_goes_on(
+    source: Path, single: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "set"
     build(str(source), out, 16, **OPTIONS, part="1/2")
     child = os.fork()
     if child == 0:
-        parts.shown = lambda results, total: (os.kill(os.getpid(), signal.SIGKILL) for _ in results)  # type: ignore
+        parts.TOGETHER = 4  # type: ignore[misc]
+        parts.shown = lambda results, *_: killed_after(results, 6)  # type: ignore[assignment]
         build(str(source), out, 16, **OPTIONS, part="2/2")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert (out / "parts" / ".00002-of-00002.partial").exists()
     with pytest.raises(UserError, match="parts missing: 2/2"):
         parts.merge(out)
     build(str(source), out, 16, **OPTIONS, part="2/2")
+    assert "part 2/2 goes on after 4 pictures" in capsys.readouterr().err
+    assert sorted(path.name for path in (out / "parts").iterdir()) == ["00001-of-00002.sqlite", "00002-of-00002.sqlite"]
     parts.merge(out)
     assert contents(out) == single
 
@@ -102,15 +113,15 @@ def test_a_killed_merge_is_run_again(moment: str, source: Path, single: dict[str
         build(str(source), out, 16, **OPTIONS, part=f"{number}/2")
     child = os.fork()
     if child == 0:
-        from hrgan.data.manifest import SetWriter
+        from hrgan.data.shards import SetWriter
 
         count = iter(range(100))
         write = SetWriter.write
 
-        def killed(*words: object) -> None:
+        def killed(*words: object) -> bool:
             if moment == "rmtree" or next(count) == 9:
                 os.kill(os.getpid(), signal.SIGKILL)
-            write(*words)  # type: ignore[arg-type]
+            return write(*words)  # type: ignore[arg-type]
 
         if moment == "rmtree":
             shutil.rmtree = killed  # type: ignore[assignment]
@@ -218,11 +229,12 @@ def test_a_stop_ends_a_build_with_nothing_half_done(
     _, output = process.communicate(timeout=20)
     assert process.returncode == 3, output
     assert time.monotonic() - began < 10
-    assert f"{number.name}: {out}: building was stopped; the same command builds it" in output
+    assert f"{number.name}: {out}: building was stopped; the same command goes on" in output
     assert "Traceback" not in output
     assert not (out / "manifest.json").exists()
     left = {path.name for path in out.rglob("*") if path.is_file()}
-    assert not [name for name in left if name.endswith((".tar", ".sqlite", ".partial", ".index"))], left
+    assert left & {"build.sqlite", ".00001-of-00002.partial"}, left  # What it goes on from.
+    assert not [name for name in left if name.endswith((".lock", ".index", "of-00002.sqlite"))], left
 
 
 STOPPED_WHILE_FORKING = """

@@ -74,7 +74,7 @@ def records(run: Path, name: str, leave_out: tuple[str, ...] = ()) -> list[dict[
     return [{key: value for key, value in row.items() if key not in leave_out} for row in rows]
 
 
-TIMES = ("img_per_sec", "data_wait", "sec_per_kimg", "gpu_mem_gb", "cpu_mem_gb", "seconds")
+TIMES = ("img_per_sec", "data_wait", "data_wait_ranks", "sec_per_kimg", "gpu_mem_gb", "cpu_mem_gb", "seconds")
 
 
 def assert_same_bits(run: Path, reference: Path) -> None:

@@ -23,10 +23,12 @@ from torch import Tensor
 from hrgan import checkpoint
 from hrgan.checkpoint import Progress
 from hrgan.config import Config, DataConfig, LossConfig, NetworkConfig, ScheduleConfig, resolutions
-from hrgan.data import manifest as shards
+from hrgan.data.dataset import open_dataset
 from hrgan.engine import Engine
+from hrgan.errors import DataError
 from hrgan.run import LOOK_SECONDS
 from hrgan.schedule import Phase, make_schedule
+from hrgan.sizes import size_at
 from hrgan.train import d_step, g_step, open_reals, penalise, penalty_weight, prepare_step
 from hrgan.watch import Watch
 
@@ -91,12 +93,15 @@ def bench_peer(data: DataConfig, seconds: float) -> list[Row]:
 
 def _reals(engine: Engine, config: Config, phase: Phase) -> tuple[Iterator[Tensor], str]:
     """Endless local batches of uint8 images, and where they come from."""
-    root = Path(config.data.path)
-    if config.data.path and (root / "manifest.json").exists():
-        manifest = shards.load(root)
-        batches = open_reals(config, engine, manifest, phase, 0)
+    try:
+        dataset = open_dataset(config.data) if config.data.path else None
+    except DataError:  # The presets name sets that need not have been built.
+        dataset = None
+    if dataset is not None:
+        batches = open_reals(config, engine, dataset, phase, 0)
         return (batch.images for batch in batches), "loader"
-    shape = (phase.batch // engine.world, config.network.channels, phase.resolution, phase.resolution)
+    size = size_at(config.network.grid, phase.resolution)
+    shape = (phase.batch // engine.world, config.network.channels, *size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     return repeat(images), "memory"
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -16,13 +15,16 @@ from torch import Tensor
 from hrgan.apps.generate import load_generator
 from hrgan.checkpoint import numbered
 from hrgan.config import Config, DataConfig, from_dict, read_yaml
-from hrgan.data import manifest as shards
-from hrgan.data.images import ENDINGS, Unusable, make_tiers, read_image
-from hrgan.data.manifest import Manifest
+from hrgan.data.dataset import Dataset, open_dataset
+from hrgan.data.images import Unusable, make_tiers, read_picture
+from hrgan.data.manifest import Form
+from hrgan.data.sources import ENDINGS
 from hrgan.errors import DataError, UserError
 from hrgan.metrics.extractor import Extractor, make_extractor, settle_weights
 from hrgan.metrics.frechet import Moments, compare, count_real, evaluate
 from hrgan.monitor.log import Row, append, read_rows
+from hrgan.pictures import to_float, to_uint8
+from hrgan.sizes import size_text
 from hrgan.watch import stopped_by_signals
 
 
@@ -40,22 +42,22 @@ def evaluate_target(target: Path, data: str | None, count: int | None) -> Row:
         return _evaluate_folder(Config(data=DataConfig(path=data)), images[:count], device)
     generator, alpha, config, nimg = load_generator(target, True, device, as_trained=True)
     config = _measured_as(config, data, count)
-    root = Path(config.data.path)
-    manifest, extractor = shards.load(root), _extractor(config, device)
-    folders = [root / "stats"] + ([target / "stats"] if (target / "checkpoints").is_dir() else [])
-    return {"nimg": nimg, **evaluate(config, manifest, generator, alpha, extractor, 0, 1, folders)}
+    dataset, extractor = open_dataset(config.data), _extractor(config, device)
+    folders = [dataset.stats_folder()] + ([target / "stats"] if (target / "checkpoints").is_dir() else [])
+    return {"nimg": nimg, **evaluate(config, dataset, generator, alpha, extractor, 0, 1, folders)}
 
 
 def _evaluate_folder(config: Config, images: list[Path], device: torch.device) -> Row:
     """Files against the largest tier of a set; they are cropped and resized as the set was."""
-    manifest, extractor = shards.load(Path(config.data.path)), _extractor(config, device)
+    dataset, extractor = open_dataset(config.data), _extractor(config, device)
+    form = replace(dataset.form, tiers=(dataset.resolution,))
     moments = Moments.zero(extractor.size, device)
-    for batch in _batches(images, manifest.resolution, manifest.channels, config.eval.batch):
+    for batch in _batches(images, form, dataset.values, config.eval.batch):
         moments.add(extractor.features(batch.to(device)))
     if moments.count < 2:
         raise DataError(f"{images[0].parent}: {int(moments.count)} images that can be read, expected at least 2")
-    folders = [Path(config.data.path) / "stats"]
-    return {**compare(config, manifest, manifest.resolution, moments, extractor, 0, 1, folders)}
+    folders = [dataset.stats_folder()]
+    return {**compare(config, dataset, dataset.resolution, moments, extractor, 0, 1, folders)}
 
 
 def _check_count(count: int | None) -> None:
@@ -80,16 +82,17 @@ def _images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.name != "grid.png")
 
 
-def _batches(files: list[Path], resolution: int, channels: int, size: int) -> Iterator[Tensor]:
-    """(n, C, R, R) uint8; files that cannot be read are named and left out."""
+def _batches(files: list[Path], form: Form, values: tuple[int, int], size: int) -> Iterator[Tensor]:
+    """(n, C, H, W) uint8; files that cannot be read are named and left out."""
     made: list[Tensor] = []
     for file in files:
         try:
-            (picture,) = make_tiers(read_image(file.read_bytes()), (resolution,), channels)
+            (pixels,) = make_tiers(read_picture(file.read_bytes(), form), form).images
         except Unusable as error:
             print(f"left out: {file}: {': '.join(map(str, error.args))}", file=sys.stderr)
             continue
-        made.append(torch.from_numpy(np.array(picture).reshape(resolution, resolution, channels)).permute(2, 0, 1))
+        picture = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+        made.append(to_uint8(to_float(picture, values)))
         if len(made) == size:
             yield torch.stack(made)
             made = []
@@ -106,7 +109,7 @@ class Watcher:
 
     run: Path
     config: Config
-    manifest: Manifest
+    dataset: Dataset
     extractor: Extractor
     passed_over: set[int] = field(default_factory=set)
     """nimg of the checkpoints that were pruned too soon or do not verify."""
@@ -115,8 +118,8 @@ class Watcher:
 
     def next(self) -> Path | None:
         """The newest checkpoint without a row of the same extractor, counts and set."""
-        settings, real = self.config.eval, count_real(self.config, self.manifest)
-        wanted = (self.extractor.name, self.extractor.sha256, settings.num_fake, real, self.manifest.real_set)
+        settings, real = self.config.eval, count_real(self.config, self.dataset)
+        wanted = (self.extractor.name, self.extractor.sha256, settings.num_fake, real, self.dataset.real_set)
         keys = ("extractor", "extractor_sha256", "num_fake", "num_real", "real_set")
         rows = read_rows(self.run / "metrics.jsonl")
         done = {row["nimg"] for row in rows if tuple(row.get(key) for key in keys) == wanted}
@@ -133,12 +136,13 @@ class Watcher:
             _say(f"{folder} passed over: {'the training pruned it before it was measured' if gone else error}")
             self.passed_over.add(nimg)
             return
-        folders = [Path(self.config.data.path) / "stats", self.run / "stats"]
-        row = evaluate(self.config, self.manifest, generator, alpha, self.extractor, 0, 1, folders)
+        folders = [self.dataset.stats_folder(), self.run / "stats"]
+        row = evaluate(self.config, self.dataset, generator, alpha, self.extractor, 0, 1, folders)
         append(self.run / "metrics.jsonl", {"nimg": nimg, **row})
         self.measured.add(nimg)
         name = self.extractor.metric
-        _say(f"{name} {row[name]} at {nimg / 1000:g} kimg, {row['resolution']}² (floor {row[f'{name}_floor']})")
+        size = size_text(self.dataset.form.grid, row["resolution"])  # type: ignore[arg-type]  # a level
+        _say(f"{name} {row[name]} at {nimg / 1000:g} kimg, {size} (floor {row[f'{name}_floor']})")
 
 
 def watch(run: Path, data: str | None, count: int | None, every: float) -> None:
@@ -158,7 +162,7 @@ def watch(run: Path, data: str | None, count: int | None, every: float) -> None:
         while not (run / "checkpoints").is_dir():  # The last thing that a new run makes.
             time.sleep(every)
         config = _measured_as(from_dict(read_yaml(run / "config.yaml")), data, count)
-        watcher = Watcher(run, config, shards.load(Path(config.data.path)), _extractor(config, _device()))
+        watcher = Watcher(run, config, open_dataset(config.data), _extractor(config, _device()))
         while True:
             finished = (run / "FINISHED").exists()  # Before looking for checkpoints: no more come after it.
             folder = watcher.next()

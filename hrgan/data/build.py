@@ -1,8 +1,9 @@
-"""Sources to a set: a folder of images, or `drawn:COUNT`, to tiered shards with a manifest.
+"""Sources to a set: pictures from anywhere (see sources.py) to tiered shards with a manifest.
 
-The same source, options and seed give byte-identical shards, whatever the listing order or the number of workers:
-samples are sorted by a keyed hash of their relative paths, and results are written in that order. Memory does not grow
-with the number of images: the list of files and the content hashes live in a temporary sqlite database in OUT.
+The same source, options and seed give byte-identical shards, whatever the listing order, the number of workers, or how
+often the build was interrupted: samples are sorted by a keyed hash of their names, and results are written in that
+order. Memory does not grow with the number of images: the list of files and the contents seen live in a database in
+OUT, with how far the build has come: one that was stopped or killed goes on after its last whole shard.
 """
 
 import contextlib
@@ -10,6 +11,8 @@ import csv
 import errno
 import fcntl
 import hashlib
+import io
+import json
 import multiprocessing
 import os
 import re
@@ -23,60 +26,118 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from hrgan.data import manifest as manifests
-from hrgan.data.manifest import Manifest, SetWriter
-from hrgan.data.sources import Index, list_drawn, scan
+from hrgan.data import sources
+from hrgan.data.index import Entry, Index
+from hrgan.data.manifest import Form, Manifest
+from hrgan.data.shards import EXTENSIONS, SetWriter, Shard
+from hrgan.data.sources import Wanted
 from hrgan.errors import DataError, UserError
+from hrgan.sizes import levels, target
 from hrgan.watch import STOP_SIGNALS, stopped_by_signals, stops_held
 
 SKIPPED = "skipped.csv"
 INDEX = "build.sqlite"
+SPOOL = "build.spool"
+RELIST = "build.relist"
+"""Of a source that is listed again, to see whether it has changed."""
 LOCK = "build.lock"
 PARTS = manifests.PARTS
+REPORT = "report.html"
+OURS = {manifests.FILE, manifests.FILE + ".tmp", SKIPPED, INDEX, RELIST, SPOOL, LOCK, PARTS, REPORT}
+OURS |= {f"{name}-journal" for name in (INDEX, RELIST)} | {f"{REPORT}.tmp"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """How each picture is made; sent to every worker process. source: a folder, or None for the drawn set."""
+    """How each picture is made; sent to every worker process. near: whether perceptual hashes are wanted."""
 
-    source: str | None
-    tiers: tuple[int, ...]
-    format: str
-    quality: int
-    channels: int
+    form: Form
     min_size: int
     seed: int
+    near: bool
 
 
 class Made(NamedTuple):
-    """One picture's result: sha256 of its source's bytes and its encoded tiers, or why it was skipped."""
+    """One picture's result, or why it was skipped."""
 
     content: bytes = b""
+    """sha256 of what the picture was made from."""
     tiers: tuple[bytes, ...] = ()
+    origin: str = ""
+    size: tuple[int, int] = (0, 0)
+    """Of the source, width and height."""
+    values: tuple[int, int] = (0, 255)
+    """Least and greatest."""
+    near: int = 0
+    """64-bit perceptual hash, where wanted."""
     reason: str = ""
     detail: str = ""
 
 
-Result = tuple[str, str, Made]
-"""A file's path, its class and what was made of it."""
+Result = tuple[Entry, Made]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides a set besides the source's files."""
+
+    source: str
+    options: Options
+    wanted: Wanted
+    name: str
+    drawn: int | None
+    """Pictures of the drawn set, or None."""
+    near: int | None
+    """Bits in which the perceptual hashes of two pictures may differ to count as one; None: all are kept."""
+    per_shard: int
+    max_skipped: float
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """What must be the same for a build to go on, and for parts to be joined. The libraries that make the pictures are
+    part of it: another version may make other bytes."""
+    fields = asdict(plan)
+    del fields["max_skipped"]
+    versions = {name: metadata.version(name) for name in ("pillow", "numpy", "pydicom")}
+    same: dict[str, Any] = json.loads(json.dumps({"version": manifests.VERSION, **fields, **versions}))
+    return same
+
+
+def plan_of(tree: dict[str, Any], max_skipped: float) -> Plan:
+    """The plan of an `identity`."""
+    fields = {name: tree[name] for name in ("source", "name", "drawn", "near", "per_shard")}
+    given = tree["options"]
+    form = Form(**given["form"] | {name: tuple(given["form"][name]) for name in ("tiers", "grid")})
+    wanted = Wanted(tree["wanted"]["labels"], *(tuple(tree["wanted"][name]) for name in ("attributes", "crop")))
+    return Plan(**fields, options=Options(**given | {"form": form}), wanted=wanted, max_skipped=max_skipped)
 
 
 def build(
     source: str,
     out: Path,
-    resolution: int,
+    resolution: int | str,
     *,
     name: str | None = None,
-    labels: Literal["none", "folder"] = "none",
-    image_format: Literal["webp", "png", "jpeg"] = "webp",
+    labels: str = "none",
+    attributes: tuple[str, ...] = (),
+    crop: tuple[str, ...] = (),
+    image_format: Literal["webp", "png", "jpeg"] | None = None,
     quality: int = 95,
-    channels: int = 3,
+    channels: int | None = None,
+    bits: int = 8,
+    fit: Literal["crop", "pad", "stretch"] = "crop",
+    image_filter: Literal["lanczos", "box", "bicubic"] = "lanczos",
+    alpha: Literal["white", "black", "keep"] = "white",
+    window: str = "auto",
     min_size: int = 0,
+    near: int | None = None,
     max_skipped: float = 0.01,
     workers: int,
     seed: int = 0,
@@ -86,15 +147,18 @@ def build(
 ) -> Manifest | None:
     """Build the set `out` from `source` and return its manifest, which is written last: without it `out` is no set.
 
-    source: a folder, nested or not, of JPEG, PNG, WebP, BMP or TIFF files; or "drawn:COUNT", the built-in drawn set.
-    resolution: a power of two of 16 or more; a tier is stored for each power of two from 16 to it.
-    labels: "folder" makes the first sub-folder (of the drawn set: the shape) the class; "none" stores no classes.
-    image_format: "webp" and "png" are lossless; "jpeg" has `quality` 1 to 100. channels: 3, or 1 for grey. min_size:
-    skip images with a shorter side in pixels (0: no limit; smaller ones are enlarged).
-    max_skipped: the largest share of the images found that may be skipped: unreadable, too small, decompression bombs,
-    or with the bytes of an earlier one. workers: processes (0 or 1: this one). shard_samples: samples in a shard (None:
-    128 to 4096, by resolution). overwrite: replace a finished set in `out`; the old one is deleted first. part: "i/n"
-    makes only part i of n, in `out/parts`, for parts.merge to join, and returns None.
+    source: see sources.py. resolution: a side, a power of two of 16 or more, or "HEIGHTxWIDTH"; a tier is stored for
+    each doubling from 16 (of a base of 4) to it. labels: "none", "folder" (the first sub-folder; of the drawn set the
+    shape), or the name of a field. attributes: names of fields kept with each sample. crop: names of the four fields
+    that hold x, y, width and height of the part to take.
+    image_format: "webp" (of 8 bits the default), "png" (of 16 bits the only one) or "jpeg". channels: 3; 1 for grey; 4
+    with alpha "keep". bits: 8, or 16 with channels 1. fit, image_filter, alpha, window: see manifest.Form. min_size:
+    skip images with a shorter side in pixels (0: no limit; smaller ones are enlarged). near: skip pictures whose
+    perceptual hash differs from an earlier one's in at most so many of 64 bits.
+    max_skipped: the largest share of the images found that may be skipped. workers: processes (0 or 1: this one).
+    shard_samples: samples in a shard (None: 128 to 4096, by resolution). overwrite: replace a finished set in `out`;
+    the old one is deleted first. part: "i/n" makes only part i of n, in `out/parts`, for parts.merge to join, and
+    returns None.
 
     Raises UserError for wrong arguments, a missing source, an `out` that is busy or holds other files, or a full disk;
     DataError for no usable images or too many skipped (`out/skipped.csv` lists them). No error leaves a manifest
@@ -102,26 +166,49 @@ def build(
     """
     out = Path(out)
     drawn = _drawn_count(source)
-    _check_arguments(
-        source if drawn is None else None,
-        labels,
-        image_format,
-        quality,
-        channels,
-        max_skipped,
-        shard_samples,
-        workers,
-        seed,
-        min_size,
+    problems = _argument_problems(
+        None if drawn is not None else source, image_format, quality, bits, fit, image_filter, alpha, max_skipped
     )
-    name = name if name is not None else _plain_name("drawn" if drawn is not None else Path(source).resolve().name)
+    problems += _kind_problems(channels, bits, image_format, alpha)
+    for word, value in (("workers", workers), ("seed", seed), ("min_size", min_size), ("near", near or 0)):
+        if value < 0:
+            problems.append(f"{word} is {value}, expected 0 or more")
+    if (near or 0) > 16:
+        problems.append(f"near is {near}, expected at most 16 of 64 bits")
+    if shard_samples is not None and shard_samples < 1:
+        problems.append(f"shard_samples is {shard_samples}, expected 1 or more")
+    if crop and len(crop) != 4:
+        problems.append(f"crop is {','.join(crop)}, expected the names of four columns such as x,y,w,h")
+    name = name if name is not None else _plain_name("drawn" if drawn is not None else _stem(source))
     if name != _plain_name(name):
-        raise UserError(f"name is {name!r}, expected letters, digits, - and _; nearest: {_plain_name(name)!r}")
-    tiers = manifests.valid_tiers(resolution)
-    options = Options(source if drawn is None else None, tiers, image_format, quality, channels, min_size, seed)
-    per_shard = shard_samples or max(128, min(4096, 2**27 // resolution**2))
-    plan = Plan(options, name, drawn, labels == "folder", per_shard, max_skipped)
-    with disk_errors_named(out), stopped_by_signals(f"{out}: building was stopped; the same command builds it"):
+        problems.append(f"name is {name!r}, expected letters, digits, - and _; nearest: {_plain_name(name)!r}")
+    if problems:
+        raise UserError("; ".join(problems))
+    grid, level = target(str(resolution))
+    form = Form(
+        tiers=levels(level),
+        grid=grid,
+        channels=channels or (1 if bits == 16 else 4 if alpha == "keep" else 3),
+        bits=bits,
+        format=image_format or ("png" if bits == 16 else "webp"),
+        quality=quality,
+        fit=fit,
+        filter=image_filter,
+        alpha=alpha,
+        window=checked_window(window),
+    )
+    height, width = form.size(level)
+    plan = Plan(
+        source=source if drawn is not None else os.path.abspath(source),
+        options=Options(form, min_size, seed, near is not None),
+        wanted=Wanted(labels, tuple(attributes), tuple(crop)),
+        name=name,
+        drawn=drawn,
+        near=near,
+        per_shard=shard_samples or max(128, min(4096, 2**27 // (height * width))),
+        max_skipped=max_skipped,
+    )
+    with disk_errors_named(out), stopped_by_signals(f"{out}: building was stopped; the same command goes on"):
         out.mkdir(parents=True, exist_ok=True)
         if part is not None:
             from hrgan.data.parts import build_part
@@ -129,117 +216,280 @@ def build(
             build_part(plan, out, part, workers, overwrite)
             return None
         with locked(out / LOCK):
-            prepare(out, overwrite)
-            with cleaned_on_failure(out), contextlib.closing(Index(out / INDEX, options.seed)) as index:
-                listed = list_source(plan, index, out)
-                results = made(options, index.files(), workers)
-                return write_set(plan, out, index, listed, results)
+            return _build_whole(plan, out, workers, overwrite)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything that decides a set besides the source's files."""
+def _build_whole(plan: Plan, out: Path, workers: int, overwrite: bool) -> Manifest:
+    check_folder(out, overwrite)
+    index, progress = _interrupted(plan, out)
+    if index is None:
+        clean(out)
+        index = Index(out / INDEX, plan.options.seed)
+    try:
+        with contextlib.closing(index):
+            listed = list_source(plan, index, out)
+            if index.recall("plan") is None:
+                index.remember(plan=identity(plan), listing=index.listing(), progress=progress.tree())
+            spool(index, progress.done, listed.pictures, out / SPOOL)
+            results = made(plan.options, index.entries(progress.done), workers)
+            return write_set(plan, out, index, listed, results, progress)
+    except DataError:  # To be built again with other options or pictures.
+        clean(out, keep=SKIPPED)
+        raise
 
-    options: Options
-    name: str
-    drawn: int | None
-    """Pictures of the drawn set, or None for a folder."""
-    labelled: bool
-    per_shard: int
-    max_skipped: float
+
+def spool(index: Index, first: int, last: int, path: Path) -> None:
+    """Copy what can only be read in one go to where it can be read in any order; once, however often the build is
+    interrupted after it."""
+    if not index.recall("spooled"):
+        path.unlink(missing_ok=True)
+        sources.spool(index, first, last, path)
+        index.remember(spooled=True)
 
 
 class Listed(NamedTuple):
-    """What a source holds: files, and their classes."""
+    """What a source holds: pictures, those that cannot be had besides, the classes, and each attribute's values."""
 
-    found: int
+    pictures: int
+    dropped: int
     classes: tuple[str, ...]
+    attributes: dict[str, tuple[str, ...]]
+
+    @property
+    def found(self) -> int:
+        return self.pictures + self.dropped
 
 
 def list_source(plan: Plan, index: Index, out: Path) -> Listed:
-    """Put the source's files into the index."""
-    if plan.drawn is None:
-        scan(index, Path(plan.options.source or ""), out, plan.labelled)
-    else:
-        list_drawn(index, plan.drawn, plan.options.seed, plan.labelled)
-    return Listed(index.found, index.classes() if plan.labelled else ())
+    """Put the source's pictures into the index, if it is not there from an interrupted build."""
+    if index.recall("listing") is None:
+        if plan.drawn is None:
+            sources.list_source(index, plan.source, plan.wanted, out)
+        else:
+            sources.list_drawn(index, plan.drawn, plan.options.seed, plan.wanted.labels == "folder")
+    pictures, dropped = index.count()
+    return Listed(pictures, dropped, index.classes() if plan.wanted.labels != "none" else (), index.attributes())
 
 
-def write_set(plan: Plan, out: Path, index: Index, listed: Listed, results: Generator[Result, None, None]) -> Manifest:
-    """Write the pictures in their order, drop duplicates, count, and write the manifest last. index: notes the
-    contents seen; it is removed."""
-    from hrgan.data.images import FILTER
+# Going on
 
-    options, (found, classes) = plan.options, listed
-    with (
-        disk_errors_named(out),
-        contextlib.closing(results),
-        contextlib.closing(SetWriter(out, plan.name, options.tiers, options.format, plan.per_shard)) as writer,
-    ):
-        skipped, counts = _write_samples(out, index, results, listed, writer)
-        shards = writer.finish()
-    index.close()
-    (out / INDEX).unlink()
-    _report(out, found, sum(counts.values()), skipped, plan.max_skipped)
+
+@dataclass
+class Progress:
+    """How far a build has come."""
+
+    done: int = 0
+    """Pictures of the source, in sample order."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """By reason."""
+    classes: Counter[str] = field(default_factory=Counter)
+    """Samples written, by class."""
+    attributes: dict[str, Counter[str]] = field(default_factory=dict)
+    """The same for each attribute."""
+    values: tuple[int, int] | None = None
+    """Least and greatest of all samples."""
+    written: int = 0
+    csv_bytes: int = 0
+    """Length of skipped.csv."""
+
+    def tree(self) -> dict[str, Any]:
+        """To be remembered as JSON."""
+        counters = {"skipped": dict(self.skipped), "classes": dict(self.classes)}
+        return vars(self) | counters | {"attributes": {name: dict(counts) for name, counts in self.attributes.items()}}
+
+    @staticmethod
+    def of(tree: dict[str, Any]) -> "Progress":
+        """From what was remembered."""
+        counters = {name: Counter(tree[name]) for name in ("skipped", "classes")}
+        attributes = {name: Counter(counts) for name, counts in tree["attributes"].items()}
+        values = tuple(tree["values"]) if tree["values"] else None
+        return Progress(**tree | counters | {"attributes": attributes, "values": values})
+
+
+def _interrupted(plan: Plan, out: Path) -> tuple[Index | None, Progress]:
+    """The index and the state of a build of the same plan and source that was interrupted in OUT; None where there is
+    nothing to go on from, which is said where something is lost by that."""
+    path, index, problem = out / INDEX, None, ""
+    if path.exists() and not (out / manifests.FILE).exists():
+        try:
+            index = Index(path, plan.options.seed, resume=True)
+            tree = index.recall("progress")
+            if tree is not None and index.recall("plan") != identity(plan):
+                problem = "it holds part of a build with other options"
+            elif tree is not None and index.recall("listing") != _listing_now(plan, out):
+                problem = "the source has changed since it was stopped"
+            elif tree is not None:
+                progress = Progress.of(tree)
+                _remove_unfinished(out, index.shards(plan.options.form.tiers))
+                print(f"{out}: going on after {progress.done:,} pictures", file=sys.stderr)
+                return index, progress
+        except (sqlite3.Error, ValueError, KeyError, TypeError):
+            problem = f"{INDEX} is damaged"
+    if index is not None:
+        index.close()
+    if problem:
+        print(f"{out}: building from the start, because {problem}", file=sys.stderr)
+    return None, Progress()
+
+
+def _listing_now(plan: Plan, out: Path) -> str:
+    path = out / RELIST
+    with contextlib.closing(Index(path, plan.options.seed)) as index:
+        list_source(plan, index, out)
+        digest = index.listing()
+    path.unlink()
+    return digest
+
+
+def _remove_unfinished(out: Path, finished: dict[int, tuple[Shard, ...]]) -> None:
+    """Shards that were being written, and their folders' other tars."""
+    for tier, shards in finished.items():
+        known = {out / shard.file for shard in shards}
+        for path in (out / str(tier)).glob("*.tar"):
+            if path not in known:
+                path.unlink()
+
+
+# Writing
+
+
+def write_set(
+    plan: Plan, out: Path, index: Index, listed: Listed, results: Generator[Result, None, None], progress: Progress
+) -> Manifest:
+    """Write the pictures in their order, drop duplicates, count, and write the manifest last. The index, which notes
+    the contents seen, is removed."""
+    form = plan.options.form
+    with disk_errors_named(out), contextlib.closing(results):
+        _write_samples(plan, out, index, listed, results, progress)
+    shards = index.shards(form.tiers)
+    _report(out, listed.found, progress, plan.max_skipped)
+    low, high = progress.values if keeps_values(form) and progress.values else (0, 2**form.bits - 1)
+    labels = plan.wanted.labels
     result = Manifest(
         version=manifests.VERSION,
         name=plan.name,
-        channels=options.channels,
-        bits=8,
-        resolution=options.tiers[-1],
-        filter=FILTER,
-        format=options.format,
-        quality=options.quality,
-        seed=options.seed,
-        fit="crop",
-        classes=classes,
-        class_counts=tuple(counts[label] for label in range(len(classes))),
-        num_samples=sum(counts.values()),
+        form=form,
+        values=(low, max(high, low + 1) if low < 2**form.bits - 1 else high),
+        seed=plan.options.seed,
+        label="" if labels == "none" else labels,
+        classes=listed.classes,
+        class_counts=tuple(progress.classes[name] for name in listed.classes),
+        attributes={
+            name: {value: progress.attributes[name][value] for value in values}
+            for name, values in listed.attributes.items()
+        },
+        num_samples=progress.written,
         real_set="",
         tiers=shards,
     )
     result = manifests.with_set_hash(result)
     manifests.save(result, out)
+    index.close()
+    for name in (INDEX, INDEX + "-journal", SPOOL):
+        (out / name).unlink(missing_ok=True)
     return result
 
 
+def keeps_values(form: Form) -> bool:
+    """Whether the stored numbers are the files' own, so that their range is known only once all are made."""
+    return form.bits == 16 and form.window in ("auto", "raw")
+
+
 def _write_samples(
-    out: Path, index: Index, results: Iterator[Result], listed: Listed, writer: SetWriter
-) -> tuple[Counter[str], Counter[int]]:
-    """Write the usable pictures; returns how many were skipped by reason and written by label."""
-    skipped: Counter[str] = Counter()
-    counts: Counter[int] = Counter()
+    plan: Plan, out: Path, index: Index, listed: Listed, results: Iterator[Result], progress: Progress
+) -> None:
+    """Write the usable pictures, and count in `progress`, which goes to the disk with each number of shards."""
     numbers = {name: label for label, name in enumerate(listed.classes)}
-    with open(out / SKIPPED, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        lines = csv.writer(file)
-        lines.writerow(("file", "reason", "detail"))
-        for path, group, made in shown(results, listed.found):
-            reason, detail = made.reason, made.detail
-            if not reason:
-                earlier = index.earlier(made.content, path)
-                if earlier is not None:
-                    reason, detail = "duplicate", f"same bytes as {earlier}"
-            if reason:
-                skipped[reason] += 1
-                lines.writerow((path, reason, detail))
-            else:
-                label = numbers.get(group, 0)
-                counts[label] += 1
-                writer.write(made.tiers, label, path)
-    return skipped, counts
+    form, fresh = plan.options.form, progress.csv_bytes == 0
+    with open(out / SKIPPED, "wb" if fresh else "r+b") as raw:
+        raw.seek(progress.csv_bytes)
+        raw.truncate()
+        skipped = SkippedFile(raw)
+        if fresh:
+            skipped.write("file", "reason", "detail")
+            for path, reason, detail in index.dropped():
+                progress.skipped[reason] += 1
+                skipped.write(path, reason, detail)
+
+        def finished(shards: dict[int, Shard]) -> None:
+            index.add_shards((writer.number - 1) // plan.per_shard, shards)
+            progress.written = writer.number
+
+        def remember() -> None:
+            progress.csv_bytes = skipped.to_disk()
+            index.remember(progress=progress.tree())
+
+        writer = SetWriter(out, plan.name, form.tiers, form.format, plan.per_shard, finished, progress.written)
+        remember()
+        with contextlib.closing(writer):
+            for entry, made in shown(results, listed.pictures, progress.done):
+                progress.done += 1
+                reason, detail = _why_not(plan, index, entry, made)
+                if reason:
+                    progress.skipped[reason] += 1
+                    skipped.write(entry.path, reason, detail)
+                    continue
+                _count(progress, entry, made)
+                about: dict[str, Any] = {"label": numbers.get(entry.group, 0), "origin": made.origin, "size": made.size}
+                if entry.attributes:
+                    about["attributes"] = dict(entry.attributes)
+                if writer.write(made.tiers, about):
+                    remember()
+            writer.finish()
+            remember()
 
 
-def _report(out: Path, found: int, stored: int, skipped: Counter[str], max_skipped: float) -> None:
+def _why_not(plan: Plan, index: Index, entry: Entry, made: Made) -> tuple[str, str]:
+    """(reason, detail) why a picture is left out, or two empty texts."""
+    if made.reason:
+        return made.reason, made.detail
+    if (earlier := index.earlier(made.content, entry.path)) is not None:
+        return "duplicate", f"same bytes as {earlier}"
+    if plan.near is not None and (earlier := index.near(made.near, plan.near, entry.path)) is not None:
+        return "near_duplicate", f"looks like {earlier}"
+    return "", ""
+
+
+def _count(progress: Progress, entry: Entry, made: Made) -> None:
+    progress.classes[entry.group] += 1
+    for name, value in entry.attributes.items():
+        progress.attributes.setdefault(name, Counter())[value] += 1
+    low, high = progress.values or made.values
+    progress.values = min(low, made.values[0]), max(high, made.values[1])
+
+
+class SkippedFile:
+    """skipped.csv while it is written: file, reason, detail."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+
+    def write(self, *row: str) -> None:
+        text = io.StringIO()
+        csv.writer(text).writerow(row)
+        self._file.write(text.getvalue().encode(errors="surrogateescape"))
+
+    def to_disk(self) -> int:
+        """Its length in bytes, which are on the disk now."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+
+def _report(out: Path, found: int, progress: Progress, max_skipped: float) -> None:
     """Say what was stored and skipped; DataError when that is too little or too much."""
+    skipped, stored = progress.skipped, progress.written
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-    lost = sum(skipped.values())
+    hint = "; `decoder` names packages to install" if skipped["decoder"] else ""
+    wanted = skipped["near_duplicate"]  # Asked for, so not a loss.
+    lost = sum(skipped.values()) - wanted
     if lost > max_skipped * found:
         raise DataError(
             f"{lost} of {found} images cannot be used ({reasons}), more than the share {max_skipped} allowed; "
-            f"see {out / SKIPPED}, then mend or remove them or raise --max-skipped"
+            f"see {out / SKIPPED}{hint}, then mend or remove them or raise --max-skipped"
         )
     if not stored:
-        raise DataError(f"none of {found} images can be used ({reasons}); see {out / SKIPPED}")
+        raise DataError(f"none of {found} images can be used ({reasons}); see {out / SKIPPED}{hint}")
     print(
         f"{found} images found, {stored} stored, {found - stored} skipped", reasons and f"({reasons})", file=sys.stderr
     )
@@ -249,7 +499,7 @@ def _report(out: Path, found: int, stored: int, skipped: Counter[str], max_skipp
 
 
 def _drawn_count(source: str) -> int | None:
-    """COUNT of "drawn:COUNT", None for a folder."""
+    """COUNT of "drawn:COUNT", None for anything else."""
     if not str(source).startswith("drawn:"):
         return None
     count = str(source).removeprefix("drawn:")
@@ -258,42 +508,75 @@ def _drawn_count(source: str) -> int | None:
     return int(count)
 
 
+def _stem(source: str) -> str:
+    """A folder's name, or a file's without its ending."""
+    name = Path(source).resolve().name
+    return name if os.path.isdir(source) else name.split(".")[0]
+
+
 def _plain_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "set"
 
 
-def _check_arguments(
-    folder: str | None,
-    labels: str,
-    image_format: str,
+def checked_window(text: str) -> str:
+    """The text, if it says what a window is; UserError otherwise."""
+    if text in ("auto", "raw", "file"):
+        return text
+    from hrgan.data.images import parse_window  # with numpy, which a build of drawn pictures needs late
+
+    parse_window(text)
+    return text
+
+
+def _argument_problems(
+    source: str | None,
+    image_format: str | None,
     quality: int,
-    channels: int,
+    bits: int,
+    fit: str,
+    image_filter: str,
+    alpha: str,
     max_skipped: float,
-    shard_samples: int | None,
-    workers: int,
-    seed: int,
-    min_size: int,
-) -> None:
-    problems = []
-    if folder is not None and not os.path.isdir(folder):
-        problems.append(f"source {folder} is no folder, expected a folder of images or drawn:COUNT")
-    if labels not in ("none", "folder"):
-        problems.append(f"labels is {labels!r}, expected none or folder")
-    if image_format not in manifests.EXTENSIONS:
-        problems.append(f"image_format is {image_format!r}, expected {', '.join(manifests.EXTENSIONS)}")
+) -> list[str]:
+    found = []
+    endings = (*sources.ARCHIVES, *sources.TABLES)
+    if source is not None and not os.path.isdir(source):
+        if not os.path.isfile(source):
+            found.append(f"source {source} is no folder and no file, expected images or drawn:COUNT")
+        elif not source.lower().endswith(endings):
+            found.append(f"source {source} is of no known kind, expected a folder, {', '.join(endings)}")
+    for name, value, choices in (
+        ("image_format", image_format or "webp", tuple(EXTENSIONS)),
+        ("fit", fit, ("crop", "pad", "stretch")),
+        ("filter", image_filter, ("lanczos", "box", "bicubic")),
+        ("alpha", alpha, ("white", "black", "keep")),
+        ("bits", bits, (8, 16)),
+    ):
+        if value not in choices:
+            found.append(f"{name} is {value!r}, expected {', '.join(map(str, choices))}")
     if not 1 <= quality <= 100:
-        problems.append(f"quality is {quality}, expected 1 to 100")
-    if channels not in (1, 3):
-        problems.append(f"channels is {channels}, expected 1 or 3")
+        found.append(f"quality is {quality}, expected 1 to 100")
     if not 0 <= max_skipped <= 1:
-        problems.append(f"max_skipped is {max_skipped}, expected a share from 0 to 1")
-    for field, value in (("workers", workers), ("seed", seed), ("min_size", min_size)):
-        if value < 0:
-            problems.append(f"{field} is {value}, expected 0 or more")
-    if shard_samples is not None and shard_samples < 1:
-        problems.append(f"shard_samples is {shard_samples}, expected 1 or more")
-    if problems:
-        raise UserError("; ".join(problems))
+        found.append(f"max_skipped is {max_skipped}, expected a share from 0 to 1")
+    return found
+
+
+def _kind_problems(channels: int | None, bits: int, image_format: str | None, alpha: str) -> list[str]:
+    """What channels, bits, format and alpha say against each other."""
+    found = []
+    if channels not in (None, 1, 3, 4):
+        found.append(f"channels is {channels}, expected 1, 3 or 4")
+    if bits == 16 and channels not in (None, 1):
+        found.append(f"channels is {channels}, expected 1 with bits 16: only grey is kept in 16 bits")
+    if bits == 16 and image_format not in (None, "png"):
+        found.append(f"image_format is {image_format}, expected png with bits 16")
+    if bits == 16 and alpha == "keep":
+        found.append("alpha is keep, expected white or black with bits 16")
+    if (channels == 4) != (alpha == "keep") and (channels is not None or bits == 8) and channels in (1, 3, 4):
+        found.append(f"channels is {channels} with alpha {alpha}; 4 channels and alpha keep go together")
+    if image_format == "jpeg" and (alpha == "keep" or channels == 4):
+        found.append("image_format is jpeg, expected webp or png with alpha keep: JPEG has no transparency")
+    return found
 
 
 # The output folder
@@ -349,36 +632,23 @@ def _is_cache(path: Path) -> bool:
     )
 
 
-@contextlib.contextmanager
-def cleaned_on_failure(out: Path) -> Iterator[None]:
-    """Leave no half set behind, but the list of what was skipped."""
-    try:
-        yield
-    except BaseException:
-        _clean(out, keep=SKIPPED)
-        raise
-
-
-def prepare(out: Path, overwrite: bool, merging: bool = False) -> None:
-    """Remove what an interrupted build (or, with overwrite, a finished one) left; UserError for anything else."""
+def check_folder(out: Path, overwrite: bool, merging: bool = False) -> None:
+    """UserError for an OUT that holds a finished set (unless that may be replaced) or anything that no build wrote."""
     if (out / PARTS).is_dir() and not merging:
         raise UserError(
             f"{out} holds parts of a set; join them with `hrgan data merge {out}`, or remove {out / PARTS} first"
         )
     if (out / manifests.FILE).exists() and not overwrite:
         raise UserError(f"{out} already holds a set; add --overwrite to replace it or choose another OUT")
-    ours = {manifests.FILE, manifests.FILE + ".tmp", SKIPPED, INDEX, LOCK, PARTS}
     for entry in sorted(out.iterdir()):
-        if entry.name not in ours and not _is_tier(entry) and not _is_cache(entry):
+        if entry.name not in OURS and not _is_tier(entry) and not _is_cache(entry):
             raise UserError(f"{out} holds {entry.name}, which no build wrote; choose an empty or new OUT")
-    _clean(out)
 
 
-def _clean(out: Path, keep: str = "") -> None:
+def clean(out: Path, keep: str = "") -> None:
     """Remove a set, whole or partial; its manifest first, so that no moment shows a manifest without its shards."""
-    for name in (manifests.FILE, manifests.FILE + ".tmp", INDEX, SKIPPED):
-        if name != keep:
-            (out / name).unlink(missing_ok=True)
+    for name in (manifests.FILE, *sorted(OURS - {manifests.FILE, LOCK, PARTS, keep})):
+        (out / name).unlink(missing_ok=True)
     for entry in out.iterdir():
         if entry.is_dir() and (_is_tier(entry) or _is_cache(entry)):
             shutil.rmtree(entry)
@@ -387,46 +657,55 @@ def _clean(out: Path, keep: str = "") -> None:
 # Making, in parallel
 
 
-def make(options: Options, path: str) -> Made:
-    """One picture: read (or draw), crop, resize to each tier, encode. Runs in the worker processes."""
-    from hrgan.data import drawn, images
+def make(options: Options, entry: Entry) -> Made:
+    """One picture: fetch (or draw), read, fit, resize to each tier, encode. Runs in the worker processes."""
+    from hrgan.data import drawn, fetch, images
 
-    if options.source is None:
-        image = drawn.draw(int(path.removeprefix("drawn/")), options.seed, options.tiers[-1])
-        content = hashlib.sha256(path.encode()).digest()
-    else:
-        try:
-            data = Path(options.source, path).read_bytes()
-            content = hashlib.sha256(data).digest()
-            image = images.read_image(data, options.min_size)
-        except OSError as error:
-            return Made(reason="unreadable", detail=str(error.strerror))
-        except images.Unusable as error:
-            return Made(reason=error.args[0], detail=error.args[1])
-    tiers = images.make_tiers(image, options.tiers, options.channels)
-    return Made(content, tuple(images.encode(tier, options.format, options.quality) for tier in tiers))
+    form, place = options.form, entry.place
+    try:
+        if place.kind == "drawn":
+            square = drawn.draw(place.offset, options.seed, max(form.size(form.tiers[-1])))
+            picture, data = images.Picture(images.converted(square, form)), entry.path.encode()
+        else:
+            data = fetch.fetch(place)
+            picture = images.read_picture(data, form, place.frame, options.min_size)
+        tiers = images.make_tiers(picture, form, entry.crop, options.min_size)
+    except (fetch.Unfetched, images.Unusable) as error:
+        return Made(reason=error.args[0], detail=error.args[1])
+    part = repr((place.frame, entry.crop)).encode() if place.frame or entry.crop else b""
+    content = hashlib.sha256(data + part).digest()
+    encoded = tuple(images.encode(tier, form) for tier in tiers.images)
+    near = images.perceptual_hash(tiers.images, form) if options.near else 0
+    return Made(content, encoded, _origin(entry), tiers.size, tiers.values, near)
 
 
-def made(options: Options, files: Iterator[tuple[str, str]], workers: int) -> Generator[Result, None, None]:
-    """(path, class, result) in the order of `files`, at most a few per worker in flight."""
+def _origin(entry: Entry) -> str:
+    """What a sample says of where it is from. Of DICOM not the file's name, in which there may be a patient's."""
+    if entry.place.frame is None:
+        return entry.path.encode(errors="replace").decode()
+    return "dicom-" + hashlib.sha256(os.fsencode(entry.path)).hexdigest()[:32]
+
+
+def made(options: Options, entries: Iterator[Entry], workers: int) -> Generator[Result, None, None]:
+    """Entries and what was made of them, in their order, at most a few per worker in flight."""
     if workers <= 1:
-        for path, group in files:
-            yield path, group, make(options, path)
+        for entry in entries:
+            yield entry, make(options, entry)
         return
     # fork: neither the main module nor anything heavy is imported again, and no thread of ours runs at this point.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker)
-    flying: deque[tuple[str, str, Future[Made]]] = deque()
+    flying: deque[tuple[Entry, Future[Made]]] = deque()
     try:
         with stops_held():
             pool.submit(int)  # Forks all workers.
-        for path, group in files:
-            flying.append((path, group, pool.submit(make, options, path)))
+        for entry in entries:
+            flying.append((entry, pool.submit(make, options, entry)))
             if len(flying) >= 4 * workers:
-                path, group, future = flying.popleft()
-                yield path, group, future.result()
+                entry, future = flying.popleft()
+                yield entry, future.result()
         while flying:
-            path, group, future = flying.popleft()
-            yield path, group, future.result()
+            entry, future = flying.popleft()
+            yield entry, future.result()
     except BrokenProcessPool as error:
         raise UserError(f"a worker process was killed, perhaps for memory; use fewer than {workers} workers") from error
     finally:
@@ -447,7 +726,7 @@ def _start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def shown(results: Iterator[Result], total: int) -> Generator[Result, None, None]:
+def shown(results: Iterator[Result], total: int, before: int = 0) -> Generator[Result, None, None]:
     """Pass results on while showing progress: a bar on a terminal, else a line each 10 seconds."""
     from rich.console import Console
     from rich.progress import Progress
@@ -458,7 +737,7 @@ def shown(results: Iterator[Result], total: int) -> Generator[Result, None, None
     # auto_refresh would be a thread, which does not go well with fork
     with Progress(console=console, auto_refresh=False, disable=not console.is_terminal) as bar:
         task = bar.add_task("images", total=total)
-        for done, result in enumerate(results, start=1):
+        for done, result in enumerate(results, start=before + 1):
             yield result
             if time.monotonic() - last > interval or done == total:
                 last = time.monotonic()

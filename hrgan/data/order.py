@@ -132,6 +132,13 @@ class Order:
             at, i = stop, i + 1
         return Window(tuple(segments), _permutation(end - begin, self.seed, epoch, slot, window))
 
+    def following(self, place: Place) -> Place:
+        """The first place of the next window of the same slot."""
+        _, end = self._span(place.slot, place.window)
+        if end < self.slot_samples:
+            return Place(place.epoch, place.slot, place.window + 1, 0)
+        return Place(place.epoch + 1, place.slot, 0, 0)
+
     def chunk(self, g: int) -> tuple[tuple[int, int], ...]:
         """The 4 samples of global chunk g as (shard, index in the shard). The reference that readers are tested
         against.
@@ -162,3 +169,70 @@ class Order:
                 self._epochs.pop(next(iter(self._epochs)))
             self._epochs[epoch] = _Epoch(shards, starts, offset)
         return self._epochs[epoch]
+
+
+PERIOD = 1024
+"""Chunks after which each set of a mix has had its share exactly."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Which of several sets each chunk comes from: pure, too. In each PERIOD of chunks every set has its share, in an
+    order decided by (seed, number of the period).
+
+    weights: above 0, in any unit. UserError for one whose share is less than half a chunk of a period.
+    """
+
+    weights: tuple[float, ...]
+    seed: int
+    _periods: dict[int, NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.weights or min(self.weights) <= 0 or not np.isfinite(self.weights).all():
+            raise UserError(f"data.path: weights are {list(self.weights)}, expected numbers above 0")
+        if min(self.shares) < 1:
+            raise UserError(
+                f"data.path: weights {list(self.weights)} give a set less than 1/{PERIOD} of the images; leave it out"
+            )
+
+    @cached_property
+    def shares(self) -> tuple[int, ...]:
+        """Chunks of each set in a period: the weights' shares rounded so that they add up (largest remainder)."""
+        exact = np.asarray(self.weights, np.float64) / sum(self.weights) * PERIOD
+        shares = np.floor(exact).astype(np.int64)
+        for i in np.argsort(shares - exact, kind="stable")[: PERIOD - int(shares.sum())]:
+            shares[i] += 1
+        return tuple(int(share) for share in shares)
+
+    def deal(self, g: int) -> tuple[int, int]:
+        """(set, number of the chunk within that set's own order) of global chunk g."""
+        if len(self.weights) == 1:
+            return 0, g
+        period, place = divmod(g, PERIOD)
+        members = self._members(period)
+        member = int(members[place])
+        return member, period * self.shares[member] + int((members[:place] == member).sum())
+
+    def chunks(self, available: tuple[int, ...]) -> int:
+        """How many chunks are dealt before a set of so many runs out."""
+        if len(self.weights) == 1:
+            return available[0]
+        periods = min(count // share for count, share in zip(available, self.shares, strict=True))
+        members = self._members(periods)
+        places = [PERIOD]
+        for member, (count, share) in enumerate(zip(available, self.shares, strict=True)):
+            mine = np.flatnonzero(members == member)
+            left = count - periods * share
+            if left < share:
+                places.append(int(mine[left]))
+        return periods * PERIOD + min(places)
+
+    def _members(self, period: int) -> NDArray[np.int64]:
+        """(PERIOD,) the set of each chunk of a period."""
+        if period not in self._periods:
+            while len(self._periods) > 3:
+                self._periods.pop(next(iter(self._periods)))
+            sets = np.repeat(np.arange(len(self.weights)), self.shares)
+            # -2: unlike any epoch's own key.
+            self._periods[period] = sets[_permutation(PERIOD, self.seed, -2, period)]
+        return self._periods[period]

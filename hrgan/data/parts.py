@@ -1,7 +1,7 @@
 """A set built in parts, by the jobs of an array or by machines that share a disk, and joined to the very bytes that one
 build writes.
 
-A part is a sqlite file in OUT/parts: a header that says what it is a part of, and for each of its files, in sample
+A part is a sqlite file in OUT/parts: a header that says what it is a part of, and for each of its pictures, in sample
 order, the encoded tiers or why it is skipped. Joining replays these through the code that writes a whole set, which
 drops duplicates, numbers samples and cuts shards.
 """
@@ -9,16 +9,14 @@ drops duplicates, numbers samples and cuts shards.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
 import shutil
 import sqlite3
+import sys
 import zlib
 from collections.abc import Generator, Iterator
-from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,52 +25,67 @@ from hrgan.data.build import (
     INDEX,
     LOCK,
     PARTS,
+    SKIPPED,
     Listed,
     Made,
-    Options,
     Plan,
+    Progress,
     Result,
-    cleaned_on_failure,
+    check_folder,
+    clean,
     disk_errors_named,
+    identity,
     list_source,
     locked,
     made,
-    prepare,
+    plan_of,
     shown,
+    spool,
     write_set,
 )
+from hrgan.data.index import Entry, Index, Place
 from hrgan.data.manifest import Manifest
-from hrgan.data.sources import Index
 from hrgan.errors import DataError, UserError
 from hrgan.watch import stopped_by_signals
 
 Header = dict[str, Any]
+TOGETHER = 256
+"""Pictures that go to a part's file at once: so many are made again after a kill."""
 
 
 def build_part(plan: Plan, out: Path, part: str, workers: int, overwrite: bool) -> None:
-    """Make part "i/n" of the set: the i-th of n equal stretches of the files in sample order. UserError for a wrong
-    part, or where OUT holds a finished set."""
+    """Make part "i/n" of the set: the i-th of n equal stretches of the files in sample order. One that was interrupted
+    goes on. UserError for a wrong part, or where OUT holds a finished set."""
     number, count = _numbers(part)
     if (out / manifests.FILE).exists() or overwrite:
         raise UserError(f"{out} holds a set, or --overwrite was given: remove {out} yourself before building parts")
     folder = out / PARTS
     folder.mkdir(exist_ok=True)
     name = f"{number:05d}-of-{count:05d}"
-    partial, index_file = folder / f".{name}.partial", folder / f".{name}.index"
+    partial, index_file, spool_file = (folder / f".{name}.{what}" for what in ("partial", "index", "spool"))
+    if (folder / f"{name}.sqlite").exists():
+        (folder / f"{name}.sqlite").unlink()  # Asked for again.
     with locked(folder / f".{name}.lock"):
         try:
-            index_file.unlink(missing_ok=True)  # A killed build's.
             with contextlib.closing(Index(index_file, plan.options.seed)) as index:
                 listed = list_source(plan, index, out)
-                first, last = (listed.found * border // count for border in (number - 1, number))
+                first, last = (listed.pictures * border // count for border in (number - 1, number))
                 header = _header(plan, listed, index) | {"part": number, "parts": count}
-                results = made(plan.options, islice(index.files(), first, last), workers)
-                with contextlib.closing(results):
-                    _write(partial, header, shown(results, last - first))
+                with _opened(partial, header) as database:
+                    before = int(database.execute("SELECT count(*) FROM made").fetchone()[0])
+                    if before:
+                        print(f"{out}: part {part} goes on after {before:,} pictures", file=sys.stderr)
+                    spool(index, first + before, last, spool_file)
+                    results = made(plan.options, index.entries(first + before, last), workers)
+                    with contextlib.closing(results):
+                        _write(database, shown(results, last - first, before))
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
             os.replace(partial, folder / f"{name}.sqlite")
         finally:
-            for leftover in (partial, index_file):
-                leftover.unlink(missing_ok=True)
+            for leftover in folder.glob(f".{name}.*"):
+                if not leftover.name.startswith(partial.name) and leftover.suffix != ".lock":
+                    leftover.unlink()
 
 
 def _numbers(part: str) -> tuple[int, int]:
@@ -85,45 +98,69 @@ def _numbers(part: str) -> tuple[int, int]:
 
 def _header(plan: Plan, listed: Listed, index: Index) -> Header:
     """What all parts of a set have in common. The listing shows a source that changed between parts."""
-    listing = hashlib.sha256()
-    for path, group in index.files():
-        listing.update(os.fsencode(path) + b"\0" + os.fsencode(group) + b"\0")
-    return {
-        "version": manifests.VERSION,
-        **{f"options.{key}": value for key, value in asdict(plan.options).items()},
-        "name": plan.name,
-        "drawn": plan.drawn,
-        "labelled": plan.labelled,
-        "per_shard": plan.per_shard,
+    header = {
+        "plan": identity(plan),
         "max_skipped": plan.max_skipped,
-        "found": listed.found,
-        "classes": list(listed.classes),
-        "listing": listing.hexdigest(),
+        "listed": listed._asdict(),
+        "dropped": list(index.dropped()),
+        "listing": index.listing(),
     }
+    same: Header = json.loads(json.dumps(header))
+    return same
 
 
-COLUMNS = ("path", "class", "content", "reason", "detail", "tiers", "sizes", "crc32")
+COLUMNS = ("path", "class", "about", "reason", "detail", "content", "tiers", "crc32")
 
 
-def _write(path: Path, header: Header, results: Iterator[Result]) -> None:
-    """A part's file, whole on the disk when this returns."""
-    path.unlink(missing_ok=True)
+@contextlib.contextmanager
+def _opened(path: Path, header: Header) -> Iterator[sqlite3.Connection]:
+    """A part's file: that of an interrupted build of the same header, else a new one."""
+    try:
+        found = _read_header(path) if path.exists() else None
+    except (DataError, UserError):
+        found = None
+    if found != header:
+        for name in (path, Path(f"{path}-journal")):
+            name.unlink(missing_ok=True)
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
-        for line in ("PRAGMA journal_mode=OFF", "PRAGMA synchronous=OFF", "CREATE TABLE header (json TEXT)"):
-            database.execute(line)
-        database.execute(f"CREATE TABLE made (number INTEGER PRIMARY KEY, {', '.join(COLUMNS)})")
-        database.execute("BEGIN")
-        places = ", ".join("?" * len(COLUMNS))
-        for path_in_source, group, result in results:
-            tiers = b"".join(result.tiers)
-            sizes = json.dumps([len(tier) for tier in result.tiers])
-            name = os.fsencode(path_in_source)
-            row = (name, os.fsencode(group), result.content, result.reason, result.detail, tiers, sizes)
-            database.execute(f"INSERT INTO made ({', '.join(COLUMNS)}) VALUES ({places})", (*row, _crc32(row)))
-        database.execute("INSERT INTO header VALUES (?)", (json.dumps(header),))
-        database.execute("COMMIT")
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+        database.execute("PRAGMA journal_mode=DELETE")
+        if found != header:
+            database.execute("BEGIN")
+            database.execute("CREATE TABLE header (json TEXT)")
+            database.execute("INSERT INTO header VALUES (?)", (json.dumps(header),))
+            database.execute(f"CREATE TABLE made (number INTEGER PRIMARY KEY, {', '.join(COLUMNS)})")
+            database.execute("COMMIT")
+        yield database
+
+
+def _write(database: sqlite3.Connection, results: Iterator[Result]) -> None:
+    places = ", ".join("?" * len(COLUMNS))
+    database.execute("BEGIN")
+    for number, (entry, result) in enumerate(results, 1):
+        row = _row(entry, result)
+        database.execute(f"INSERT INTO made ({', '.join(COLUMNS)}) VALUES ({places})", (*row, _crc32(row)))
+        if number % TOGETHER == 0:
+            database.execute("COMMIT")
+            database.execute("BEGIN")
+    database.execute("COMMIT")
+
+
+def _row(entry: Entry, picture: Made) -> tuple[bytes | str, ...]:
+    sizes = [len(tier) for tier in picture.tiers]
+    about = json.dumps([dict(entry.attributes), picture.origin, picture.size, picture.values, str(picture.near), sizes])
+    group = entry.group.encode(errors="surrogateescape")
+    detail = picture.detail.encode(errors="replace").decode()
+    return os.fsencode(entry.path), group, about, picture.reason, detail, picture.content, b"".join(picture.tiers)
+
+
+def _result(path: bytes, group: bytes, about: str, reason: str, detail: str, content: bytes, joined: bytes) -> Result:
+    attributes, origin, size, values, near, sizes = json.loads(about)
+    tiers, start = [], 0
+    for length in sizes:
+        tiers.append(joined[start : start + length])
+        start += length
+    entry = Entry(os.fsdecode(path), Place("", ""), group.decode(errors="surrogateescape"), attributes)
+    return entry, Made(content, tuple(tiers), origin, tuple(size), tuple(values), int(near), reason, detail)
 
 
 def _crc32(row: tuple[Any, ...]) -> int:
@@ -156,12 +193,30 @@ def merge(out: Path, max_skipped: float | None = None) -> Manifest:
             result = manifests.load(out)
         else:
             headers = _headers(folder)
-            plan, listed = _plan(headers[0], max_skipped)
-            prepare(out, overwrite=False, merging=True)
-            with cleaned_on_failure(out), contextlib.closing(Index(out / INDEX, plan.options.seed)) as index:
-                result = write_set(plan, out, index, listed, _stored(folder, headers))
+            check_folder(out, overwrite=False, merging=True)
+            clean(out)
+            result = _join(folder, out, headers, max_skipped)
         shutil.rmtree(folder)
     return result
+
+
+def _join(folder: Path, out: Path, headers: list[Header], max_skipped: float | None) -> Manifest:
+    limit = headers[0]["max_skipped"] if max_skipped is None else max_skipped
+    plan, listed = plan_of(headers[0]["plan"], limit), _listed(headers[0])
+    try:
+        with contextlib.closing(Index(out / INDEX, plan.options.seed)) as index:
+            for dropped in headers[0]["dropped"]:
+                index.drop(*dropped)
+            return write_set(plan, out, index, listed, _stored(folder, headers), Progress())
+    except BaseException:
+        clean(out, keep=SKIPPED)  # The parts are there to join again.
+        raise
+
+
+def _listed(header: Header) -> Listed:
+    tree = header["listed"]
+    attributes = {name: tuple(values) for name, values in tree["attributes"].items()}
+    return Listed(tree["pictures"], tree["dropped"], tuple(tree["classes"]), attributes)
 
 
 def _headers(folder: Path) -> list[Header]:
@@ -169,14 +224,12 @@ def _headers(folder: Path) -> list[Header]:
     headers = [_read_header(path) for path in sorted(folder.glob("[0-9]*.sqlite"))]
     count = headers[0]["parts"] if headers else 0
     for header in headers:
-        for key, value in header.items():
-            if key != "part" and value != headers[0][key]:
-                what = "files in its source" if key == "listing" else key.removeprefix("options.")
-                raise UserError(
-                    f"{folder}: part {header['part']}/{header['parts']} was built with other {what} "
-                    f"({str(value)[:60]}) than part {headers[0]['part']}/{headers[0]['parts']} "
-                    f"({str(headers[0][key])[:60]}); build it again with the same source and options"
-                )
+        where = f"{folder}: part {header['part']}/{header['parts']} was built with other"
+        other = f"than part {headers[0]['part']}/{headers[0]['parts']}"
+        remedy = "build it again with the same source and options"
+        for key, value, first in _compared(header, headers[0]):
+            if value != first:
+                raise UserError(f"{where} {key} ({str(value)[:60]}) {other} ({str(first)[:60]}); {remedy}")
     missing = sorted(set(range(1, count + 1)) - {header["part"] for header in headers})
     if missing or not headers:
         named = ", ".join(f"{number}/{count}" for number in missing[:10]) or "all"
@@ -187,9 +240,22 @@ def _headers(folder: Path) -> list[Header]:
 def _read_header(path: Path) -> Header:
     with _damage_named(path), contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
         header: Header = json.loads(database.execute("SELECT json FROM header").fetchone()[0])
-        if header["version"] != manifests.VERSION:
-            raise UserError(f"{path}: of version {header['version']}, expected {manifests.VERSION}; build it again")
+        if (version := header["plan"]["version"]) != manifests.VERSION:
+            raise UserError(f"{path}: of version {version}, expected {manifests.VERSION}; build it again")
         return header
+
+
+def _compared(header: Header, first: Header) -> Iterator[tuple[str, Any, Any]]:
+    """(name, its value, the first part's) of all that parts of a set have in common."""
+    for name in first["plan"]["options"]["form"]:
+        yield name, header["plan"]["options"]["form"].get(name), first["plan"]["options"]["form"][name]
+    for name in first["plan"]["options"]:
+        yield name, header["plan"]["options"].get(name), first["plan"]["options"][name]
+    for name in first["plan"].keys() - {"source"}:  # It may be mounted elsewhere on another machine.
+        yield name, header["plan"].get(name), first["plan"][name]
+    yield "parts", header["parts"], first["parts"]
+    yield "max_skipped", header["max_skipped"], first["max_skipped"]
+    yield "files in its source", header["listing"], first["listing"]
 
 
 @contextlib.contextmanager
@@ -198,14 +264,6 @@ def _damage_named(path: Path) -> Iterator[None]:
         yield
     except (sqlite3.Error, ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: damaged ({error}); remove it and build this part again") from error
-
-
-def _plan(header: Header, max_skipped: float | None) -> tuple[Plan, Listed]:
-    given = {key.removeprefix("options."): value for key, value in header.items() if key.startswith("options.")}
-    options = Options(**given | {"tiers": tuple(given["tiers"])})
-    limit = header["max_skipped"] if max_skipped is None else max_skipped
-    plan = Plan(options, header["name"], header["drawn"], header["labelled"], header["per_shard"], limit)
-    return plan, Listed(header["found"], tuple(header["classes"]))
 
 
 def _stored(folder: Path, headers: list[Header]) -> Generator[Result, None, None]:
@@ -219,13 +277,5 @@ def _stored(folder: Path, headers: list[Header]) -> Generator[Result, None, None
                     raise ValueError(f"the row of {os.fsdecode(row[0])} has another checksum")
                 yield _result(*row)
                 total += 1
-    if total != headers[0]["found"]:
-        raise DataError(f"{folder}: the parts hold {total} files, expected {headers[0]['found']}; build them again")
-
-
-def _result(path: bytes, group: bytes, content: bytes, reason: str, detail: str, joined: bytes, sizes: str) -> Result:
-    tiers, start = [], 0
-    for size in json.loads(sizes):
-        tiers.append(joined[start : start + size])
-        start += size
-    return os.fsdecode(path), os.fsdecode(group), Made(content, tuple(tiers), reason, detail)
+    if total != (found := headers[0]["listed"]["pictures"]):
+        raise DataError(f"{folder}: the parts hold {total} files, expected {found}; build them again")

@@ -5,12 +5,15 @@ reads onward. Memory of all of a rank's workers together: slots * window encoded
 slots).
 """
 
+import atexit
+import mmap
 import signal
 from array import array
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import count
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -19,19 +22,26 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.gopen import gopen
 
 from hrgan.config import CHUNK
-from hrgan.data.images import box_mean, decode
-from hrgan.data.manifest import BadSample, Manifest, RawSample, ShardReader, parse_meta, verify_sizes
-from hrgan.data.order import Order, Segment
+from hrgan.data.dataset import Dataset
+from hrgan.data.images import Pixels, box_mean, decode
+from hrgan.data.manifest import Manifest
+from hrgan.data.order import Mix, Order, Place, Segment
+from hrgan.data.shards import BadSample, RawSample, ShardReader, parse_meta
+from hrgan.data.store import Store
 from hrgan.errors import DataError, UserError
 from hrgan.watch import STOP_SIGNALS
+
+BUFFER = 2**18
+"""Bytes read from a shard at once: with less, small samples cost more in calls of the system than in decoding."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """Samples of one rank.
 
-    images: (n, C, R, R) uint8, channels_last in memory. labels: (n,) int64, 0 when unlabelled.
-    samples: (n,) int64, each sample's number in stored order. bad: one line for each sample replaced or left out.
+    images: (n, C, h, w) uint8 or uint16, channels_last in memory. labels: (n,) int64, 0 when unlabelled.
+    samples: (n,) int64, each sample's number in stored order (of several sets: they follow each other). bad: one line
+    for each sample replaced or left out.
     """
 
     images: torch.Tensor
@@ -63,9 +73,9 @@ class BadSamples:
 
 
 class _Item(NamedTuple):
-    """What a worker sends: its part of one batch. Only the pictures go through shared memory."""
+    """A worker's part of one batch."""
 
-    images: torch.Tensor  # (n, R, R, C) uint8
+    images: Pixels | None  # (n, h, w, C); None on the way: they are in the worker's next shared memory
     labels: NDArray[np.int64]
     samples: NDArray[np.int64]
     bad: tuple[str, ...]
@@ -75,37 +85,84 @@ class _Item(NamedTuple):
 class _Tier:
     """One tier of a set, opened for reading at one resolution."""
 
-    root: Path
+    store: Store
     manifest: Manifest
     tier: int
-    resolution: int
+    factor: int  # of the resolution that is shown
     firsts: tuple[int, ...]  # number of each shard's first sample
+    before: int  # samples of the sets before this one
+    label: str | None  # the attribute that is the label, None for the set's own
+    classes: dict[str, int]  # of all sets
     offsets: dict[int, "array[int]"] = field(default_factory=dict)  # of each shard's samples, as far as passed over
 
-    def path(self, shard: int) -> Path:
-        return self.root / self.manifest.tiers[self.tier][shard].file
+    def path(self, shard: int) -> str:
+        """For people."""
+        return self.store.describe(self.manifest.tiers[self.tier][shard].file)
 
     def open(self, shard: int, index: int) -> ShardReader:
         """A reader that stands before sample `index` of the shard."""
-        path, manifest = self.path(shard), self.manifest
-        stream = gopen(str(path), "rb")
-        reader = ShardReader(stream, str(path), self.firsts[shard], manifest.shard_samples[shard], manifest.extension)
+        what, manifest = self.manifest.tiers[self.tier][shard], self.manifest
+        path = self.store.local(what.file, what.bytes, what.sha256)
+        stream = gopen(str(path), "rb", bufsize=BUFFER)
+        reader = ShardReader(stream, self.path(shard), self.firsts[shard], what.samples, manifest.extension)
         reader.go_to(index, self.offsets.setdefault(shard, array("q", [0])))
         return reader
 
-    def decode(self, sample: RawSample) -> tuple[NDArray[np.uint8], int]:
-        """Pixels (T, T, C) uint8 of the stored tier, and the label. Raises BadSample."""
-        label, _ = parse_meta(sample, len(self.manifest.classes))
-        return decode(sample.image, self.manifest.format, self.manifest.channels, self.tier), label
+    def prefetch(self, segments: tuple[Segment, ...]) -> None:
+        """Have the shards at hand when they are opened."""
+        for segment in segments:
+            what = self.manifest.tiers[self.tier][segment.shard]
+            self.store.prefetch(what.file, what.bytes, what.sha256)
+
+    def decode(self, sample: RawSample) -> tuple[Pixels, int]:
+        """Pixels (h, w, C) of the stored tier, and the label. Raises BadSample."""
+        meta = parse_meta(sample, len(self.manifest.classes))
+        if self.label is not None and self.label != self.manifest.label:
+            name = meta.attributes.get(self.label, "")
+        else:
+            name = self.manifest.classes[meta.label] if self.manifest.classes else ""
+        if self.classes and name not in self.classes:
+            raise BadSample(f"label is {name!r}, which the manifest does not list")
+        return decode(sample.image, self.manifest.form, self.tier), self.classes.get(name, 0)
+
+
+class _Shared:
+    """Memory that workers write their pictures into and the main process reads them from, used over and over: pages of
+    fresh memory would cost as much as a tenth of decoding, and a container's /dev/shm is often too small.
+
+    A worker begins item i only when item i - prefetch was taken from the loader, and whoever takes an item copies its
+    pictures before the next: so prefetch + 1 places are enough.
+    """
+
+    def __init__(self, tier: _Tier, count: int, workers: int, prefetch: int) -> None:
+        """count: pictures of an item, at most."""
+        form = tier.manifest.form
+        self._size = *form.size(tier.tier // tier.factor), form.channels
+        self._kind = np.dtype(np.uint16 if form.bits == 16 else np.uint8)
+        self._bytes = count * int(np.prod(self._size)) * self._kind.itemsize
+        self._places = prefetch + 1
+        self._memory = mmap.mmap(-1, max(1, workers * self._places * self._bytes))  # Shared with forked processes.
+
+    def place(self, worker: int, number: int, count: int) -> Pixels:
+        """(count, h, w, C) of a worker's item."""
+        start = (worker * self._places + number % self._places) * self._bytes
+        length = count * int(np.prod(self._size))
+        flat: Pixels = np.frombuffer(self._memory, self._kind, length, start)
+        return flat.reshape(count, *self._size)
 
 
 class _Part:
     """One worker's part of a batch, filled sample by sample."""
 
-    def __init__(self, tier: _Tier, count: int) -> None:
-        self._resolution = tier.resolution
+    def __init__(self, tier: _Tier, count: int, place: Pixels | None) -> None:
+        """place: (count, h, w, C) to put the pictures into; None: anywhere."""
+        self._factor, self._place = tier.factor, place
+        form = tier.manifest.form
         # Each picture is copied here while it is in the processor's cache: stacking them at the end is slower.
-        self._pixels = np.empty((count, tier.tier, tier.tier, tier.manifest.channels), np.uint8)
+        kind = np.uint16 if form.bits == 16 else np.uint8
+        direct = place is not None and tier.factor == 1
+        fresh: Any = np.empty((0 if direct else count, *form.size(tier.tier), form.channels), kind)
+        self._pixels: Pixels = place if place is not None and direct else fresh
         self._labels, self._samples = np.empty((2, count), np.int64)
         self._bad: list[str] = []
         self._filled = 0
@@ -121,16 +178,18 @@ class _Part:
 
     def item(self) -> _Item:
         pixels = self._pixels[: self._filled]
-        if pixels.shape[1] != self._resolution:
-            pixels = box_mean(pixels, self._resolution)
+        if self._factor > 1:
+            pixels = box_mean(pixels, self._factor)
+            if self._place is not None:
+                self._place[: self._filled] = pixels
         labels, samples = self._labels[: self._filled], self._samples[: self._filled]
-        return _Item(torch.from_numpy(pixels), labels, samples, tuple(self._bad))
+        return _Item(pixels if self._place is None else None, labels, samples, tuple(self._bad))
 
 
 class _Shown(NamedTuple):
     """One sample as shown. bad: the line about the sample it stands in for, empty when it is itself."""
 
-    pixels: NDArray[np.uint8]  # (T, T, C)
+    pixels: Pixels  # (h, w, C)
     label: int
     number: int
     bad: str = ""
@@ -175,7 +234,7 @@ class _Slot:
         self._samples: list[RawSample] = []
 
     def show(self, g: int) -> Iterator[_Shown]:
-        """The 4 samples of chunk g."""
+        """The 4 samples of chunk g of the set."""
         place = self._order.place(g)
         if (place.epoch, place.window) != self._window:
             self._load(place.epoch, place.slot, place.window)
@@ -188,6 +247,9 @@ class _Slot:
         stored = [sample for segment in segments for sample in self._cursor.read(segment)]
         self._samples = [stored[i] for i in permutation]
         self._window = (epoch, window)
+        if self._tier.store.local_root is None:
+            following = self._order.following(Place(epoch, slot, window, 0))
+            self._tier.prefetch(self._order.window_of(following.epoch, slot, following.window)[0])
 
     def _good(self, i: int) -> _Shown:
         """Sample i of the window, or the next good one, cyclic."""
@@ -201,8 +263,9 @@ class _Slot:
                 # Only the sample whose turn it is gets a line; other bad ones passed over have their own turn.
                 bad = bad or f"{self._name(sample)}: {error}; replaced"
                 continue
-            return _Shown(pixels, label, int(sample.key), bad)
-        raise DataError(f"all {count} samples of a window are bad; {bad}; run: hrgan data check {self._tier.root}")
+            return _Shown(pixels, label, self._tier.before + int(sample.key), bad)
+        where = self._tier.store.where
+        raise DataError(f"all {count} samples of a window are bad; {bad}; run: hrgan data check {where}")
 
     def _name(self, sample: RawSample) -> str:
         shard = int(np.searchsorted(self._tier.firsts, int(sample.key), side="right")) - 1
@@ -221,8 +284,10 @@ class _Share:
 class _Training(IterableDataset[_Item | DataError]):
     """Worker k of K yields, batch after batch, the rank's chunks j with j % K == k."""
 
-    def __init__(self, tier: _Tier, order: Order, share: _Share) -> None:
-        self._tier, self._order, self._share = tier, order, share
+    def __init__(
+        self, tiers: tuple[_Tier, ...], orders: tuple[Order, ...], mix: Mix, share: _Share, shared: _Shared | None
+    ) -> None:
+        self._tiers, self._orders, self._mix, self._share, self._shared = tiers, orders, mix, share, shared
 
     def __iter__(self) -> Iterator[_Item | DataError]:
         info = get_worker_info()
@@ -233,68 +298,96 @@ class _Training(IterableDataset[_Item | DataError]):
             yield error  # as a value: an exception would reach the main process as text with a traceback
 
     def _items(self, worker: int, workers: int) -> Iterator[_Item]:
-        slots: dict[int, _Slot] = {}
+        slots: dict[tuple[int, int], _Slot] = {}
         share = self._share
-        start = 0
-        while True:
+        for number in count():
+            start = number * share.chunks
             mine = range(start + (worker - start) % workers, start + share.chunks, workers)
-            part = _Part(self._tier, len(mine) * CHUNK)
+            place = self._shared.place(worker, number, len(mine) * CHUNK) if self._shared else None
+            part = _Part(self._tiers[0], len(mine) * CHUNK, place)
             for j in mine:
-                g = share.first + j * share.world
-                slot = g % self._order.num_slots
-                if slot not in slots:
-                    slots[slot] = _Slot(self._tier, self._order)
-                for shown in slots[slot].show(g):
+                member, g = self._mix.deal(share.first + j * share.world)
+                order = self._orders[member]
+                key = member, g % order.num_slots
+                if key not in slots:
+                    slots[key] = _Slot(self._tiers[member], order)
+                for shown in slots[key].show(g):
                     part.add(shown)
             yield part.item()
-            start += share.chunks
 
 
 class _Range(IterableDataset[_Item | DataError]):
-    """Worker k of K yields batches i with i % K == k of the samples [start, stop) in stored order."""
+    """Worker k of K yields batches i with i % K == k of the stretches of samples in stored order: (set, start, stop),
+    with `batch` of them at most from each."""
 
-    def __init__(self, tier: _Tier, start: int, stop: int, batch: int) -> None:
-        self._tier, self._start, self._stop, self._batch = tier, start, stop, batch
+    def __init__(
+        self, tiers: tuple[_Tier, ...], mix: Mix, start: int, stop: int, batch: int, shared: _Shared | None
+    ) -> None:
+        self._tiers, self._mix, self._start, self._stop, self._batch = tiers, mix, start, stop, batch
+        self._shared = shared
 
     def __iter__(self) -> Iterator[_Item | DataError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        cursor = _Cursor(self._tier)
+        cursors = [_Cursor(tier) for tier in self._tiers]
         try:
-            for at in range(self._start + worker * self._batch, self._stop, workers * self._batch):
-                yield self._item(cursor, at, min(at + self._batch, self._stop))
+            starts = range(self._start + worker * self._batch, self._stop, workers * self._batch)
+            for number, at in enumerate(starts):
+                stop = min(at + self._batch, self._stop)
+                place = self._shared.place(worker, number, stop - at) if self._shared else None
+                yield self._item(cursors, at, stop, place)
         except DataError as error:
             yield error
 
-    def _item(self, cursor: _Cursor, start: int, stop: int) -> _Item:
-        part = _Part(self._tier, stop - start)
-        for segment in self._segments(start, stop):
-            for sample in cursor.read(segment):
-                try:
-                    pixels, label = self._tier.decode(sample)
-                except BadSample as error:
-                    part.leave_out(f"{self._tier.path(segment.shard)}: sample {sample.key}: {error}; left out")
-                    continue
-                part.add(_Shown(pixels, label, int(sample.key)))
+    def _item(self, cursors: list[_Cursor], start: int, stop: int, place: Pixels | None) -> _Item:
+        part = _Part(self._tiers[0], stop - start, place)
+        for member, first, samples in self._stretches(start, stop):
+            tier = self._tiers[member]
+            for segment in _segments(tier, first, first + samples):
+                for sample in cursors[member].read(segment):
+                    try:
+                        pixels, label = tier.decode(sample)
+                    except BadSample as error:
+                        part.leave_out(f"{tier.path(segment.shard)}: sample {sample.key}: {error}; left out")
+                        continue
+                    part.add(_Shown(pixels, label, tier.before + int(sample.key)))
         return part.item()
 
-    def _segments(self, start: int, stop: int) -> Iterator[Segment]:
-        firsts, samples = self._tier.firsts, self._tier.manifest.shard_samples
-        shard = int(np.searchsorted(firsts, start, side="right")) - 1
+    def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(set, its first sample, how many): of a mix a chunk at a time, in its shares."""
+        if len(self._tiers) == 1:
+            yield 0, start, stop - start
+            return
         while start < stop:
-            count = min(stop, firsts[shard] + samples[shard]) - start
-            yield Segment(shard, start - firsts[shard], count)
-            start, shard = start + count, shard + 1
+            count = min(stop, start // CHUNK * CHUNK + CHUNK) - start
+            member, g = self._mix.deal(start // CHUNK)
+            yield member, g * CHUNK + start % CHUNK, count
+            start += count
 
 
-def _open_tier(root: Path, manifest: Manifest, resolution: int) -> _Tier:
-    tier = manifest.tier_for(resolution)
-    if resolution < 1 or tier % resolution:
-        raise UserError(f"resolution is {resolution}, expected a power of two")
-    verify_sizes(root, manifest, tier)
-    samples = manifest.shard_samples
-    firsts = tuple(int(x) for x in np.cumsum((0, *samples[:-1])))
-    return _Tier(Path(root).absolute(), manifest, tier, resolution, firsts)
+def _segments(tier: _Tier, start: int, stop: int) -> Iterator[Segment]:
+    firsts, samples = tier.firsts, tier.manifest.shard_samples
+    shard = int(np.searchsorted(firsts, start, side="right")) - 1
+    while start < stop:
+        count = min(stop, firsts[shard] + samples[shard]) - start
+        yield Segment(shard, start - firsts[shard], count)
+        start, shard = start + count, shard + 1
+
+
+def _open_tiers(dataset: Dataset, resolution: int) -> tuple[_Tier, ...]:
+    classes = {name: number for number, name in enumerate(dataset.classes)}
+    tiers: list[_Tier] = []
+    before = 0
+    for store, manifest in dataset.members:
+        tier = manifest.tier_for(resolution)
+        if resolution < 1 or tier % resolution:
+            raise UserError(f"resolution is {resolution}, expected a power of two")
+        samples = manifest.shard_samples
+        firsts = tuple(int(x) for x in np.cumsum((0, *samples[:-1])))
+        tiers.append(_Tier(store, manifest, tier, tier // resolution, firsts, before, dataset.label, classes))
+        before += manifest.num_samples
+    dataset.check_tier(resolution)
+    return tuple(tiers)
 
 
 def _as_is(item: Any) -> Any:
@@ -310,14 +403,36 @@ def _ignore_stop_signals(worker: int) -> None:
     signal.set_wakeup_fd(-1)  # The training's own, inherited.
 
 
-def _items(dataset: IterableDataset[_Item | DataError], workers: int, prefetch: int) -> Iterator[_Item]:
-    """The dataset's items, worker after worker in turn; a worker's DataError is raised here."""
+_reading: WeakSet[Generator[_Item, None, None]] = WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Before multiprocessing would end them with SIGTERM, which they ignore, and wait for ever."""
+    for items in list(_reading):
+        items.close()
+
+
+def _items(
+    dataset: IterableDataset[_Item | DataError], workers: int, prefetch: int, shared: _Shared | None
+) -> Generator[_Item, None, None]:
+    """The dataset's items, worker after worker in turn; a worker's DataError is raised here. The pictures of one from
+    shared memory are there until the same worker's next item is taken."""
+    items = _read_items(dataset, workers, prefetch, shared)
+    _reading.add(items)
+    return items
+
+
+def _read_items(
+    dataset: IterableDataset[_Item | DataError], workers: int, prefetch: int, shared: _Shared | None
+) -> Generator[_Item, None, None]:
     if workers:
         loader = DataLoader(
             dataset,
             batch_size=None,
             num_workers=workers,
             prefetch_factor=prefetch,
+            multiprocessing_context="fork",  # _Shared is inherited.
             collate_fn=_as_is,
             worker_init_fn=_ignore_stop_signals,
         )
@@ -325,9 +440,12 @@ def _items(dataset: IterableDataset[_Item | DataError], workers: int, prefetch: 
     else:
         source = iter(dataset)
     try:
-        for item in source:
+        for taken, item in enumerate(source):
             if isinstance(item, DataError):
                 raise item
+            if shared is not None:
+                # A worker that is done earlier than others leaves the turns to them; only the last item can be short.
+                item = item._replace(images=shared.place(taken % workers, taken // workers, len(item.labels)))
             yield item
     finally:
         # Ends the workers now. A traceback may keep this frame, and of a DataLoader left to the cycle collector the
@@ -348,8 +466,7 @@ def _check_shares(nimg: int, batch: int, rank: int, world: int) -> None:
 
 
 def batches(
-    root: Path,
-    manifest: Manifest,
+    dataset: Dataset,
     resolution: int,
     *,
     seed: int,
@@ -368,59 +485,65 @@ def batches(
     Global batch b covers the chunks nimg/4 + b*batch/4 onward; rank r takes those whose number g has g % world == r, in
     order. batch: samples over all ranks, a multiple of 4 * world; each Batch has batch / world. nimg: a multiple of 4.
     workers: processes reading and decoding (0: this one); with workers * world a divisor of slots none reads another's
-    slots. prefetch: batches that each worker prepares ahead. pin_memory: the pictures in page-locked memory.
+    slots (of one set). prefetch: batches that each worker prepares ahead. pin_memory: the pictures in page-locked
+    memory.
 
     Raises UserError for wrong arguments, DataError for shards that are not as the manifest says, at once or when
     reached.
     """
     _check_shares(nimg, batch, rank, world)
-    tier = _open_tier(root, manifest, resolution)
-    order = Order(manifest.shard_samples, seed, slots, window)
+    tiers = _open_tiers(dataset, resolution)
+    orders = tuple(Order(tier.manifest.shard_samples, seed, slots, window) for tier in tiers)
+    for tier, order in zip(tiers, orders, strict=True):
+        tier.store.check_room(order.num_slots + 2, max(shard.bytes for shard in tier.manifest.tiers[tier.tier]))
     first = nimg // CHUNK
     share = _Share(first + (rank - first) % world, world, batch // CHUNK // world)
-    return _interleaved(
-        _items(_Training(tier, order, share), workers, prefetch), share.chunks, max(1, workers), pin_memory
-    )
+    most = -(-share.chunks // max(1, workers)) * CHUNK
+    shared = _Shared(tiers[0], most, workers, prefetch) if workers else None
+    items = _items(_Training(tiers, orders, dataset.mix(seed), share, shared), workers, prefetch, shared)
+    return _interleaved(items, share.chunks, workers, pin_memory)
 
 
 def _interleaved(items: Iterator[_Item], chunks: int, workers: int, pin_memory: bool) -> Iterator[Batch]:
     """Each batch's items, one a worker, with their chunks put back into order."""
     start = 0
     while True:
-        parts = [next(items) for _ in range(workers)]
-        if workers == 1 and not pin_memory:
-            part = parts[0]
-            images, labels, samples = part.images, torch.from_numpy(part.labels), torch.from_numpy(part.samples)
-        else:
-            images = torch.empty(chunks * CHUNK, *parts[0].images.shape[1:], dtype=torch.uint8, pin_memory=pin_memory)
+        parts = [next(items) for _ in range(max(1, workers))]
+        images, labels, samples = _tensors(parts[0])
+        if workers or pin_memory:
+            images = torch.empty(chunks * CHUNK, *images.shape[1:], dtype=images.dtype, pin_memory=pin_memory)
             labels, samples = torch.empty(2, chunks * CHUNK, dtype=torch.int64)
             for worker, part in enumerate(parts):
-                offset = (worker - start) % workers
-                for whole, piece in (
-                    (images, part.images),
-                    (labels, torch.from_numpy(part.labels)),
-                    (samples, torch.from_numpy(part.samples)),
-                ):
-                    target = whole.view(chunks, CHUNK, *whole.shape[1:])[offset::workers]
+                offset = (worker - start) % max(1, workers)
+                for whole, piece in zip((images, labels, samples), _tensors(part), strict=True):
+                    target = whole.view(chunks, CHUNK, *whole.shape[1:])[offset :: max(1, workers)]
                     target.copy_(piece.view(target.shape))
         bad = tuple(line for part in parts for line in part.bad)
         yield Batch(images.permute(0, 3, 1, 2), labels, samples, bad)
         start += chunks
 
 
+def _tensors(item: _Item) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures (n, h, w, C), labels and samples of an item, not copied."""
+    assert item.images is not None
+    return torch.from_numpy(item.images), torch.from_numpy(item.labels), torch.from_numpy(item.samples)
+
+
 def read_range(
-    root: Path, manifest: Manifest, resolution: int, start: int, stop: int, *, batch: int = 64, workers: int = 0
+    dataset: Dataset, resolution: int, start: int, stop: int, *, batch: int = 64, workers: int = 0
 ) -> Iterator[Batch]:
-    """Samples [start, stop) in stored order, in batches of up to `batch`. A bad sample is left out, with a line in the
-    batch's `bad`; DataError for a shard that is not as the manifest says.
+    """Samples [start, stop) in stored order (of several sets in their shares), in batches of up to `batch`. A bad
+    sample is left out, with a line in the batch's `bad`; DataError for a shard that is not as the manifest says.
     """
-    if not 0 <= start <= stop <= manifest.num_samples or batch < 1:
-        raise UserError(f"samples {start} to {stop} by {batch}, expected a range within 0 to {manifest.num_samples}")
-    tier = _open_tier(root, manifest, resolution)
-    return _ordered(_items(_Range(tier, start, stop, batch), workers, 2))
+    if not 0 <= start <= stop <= dataset.num_samples or batch < 1:
+        raise UserError(f"samples {start} to {stop} by {batch}, expected a range within 0 to {dataset.num_samples}")
+    tiers = _open_tiers(dataset, resolution)
+    shared = _Shared(tiers[0], batch, workers, prefetch=2) if workers else None
+    reader = _Range(tiers, dataset.mix(0), start, stop, batch, shared)
+    return _ordered(_items(reader, workers, 2, shared), copied=bool(workers))
 
 
-def _ordered(items: Iterator[_Item]) -> Iterator[Batch]:
+def _ordered(items: Iterator[_Item], copied: bool) -> Iterator[Batch]:
     for item in items:
-        labels, samples = torch.from_numpy(item.labels), torch.from_numpy(item.samples)
-        yield Batch(item.images.permute(0, 3, 1, 2), labels, samples, item.bad)
+        images, labels, samples = _tensors(item)
+        yield Batch((images.clone() if copied else images).permute(0, 3, 1, 2), labels, samples, item.bad)

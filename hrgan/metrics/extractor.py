@@ -21,6 +21,7 @@ from torch_fidelity.utils import create_feature_extractor
 from hrgan.config import EvalConfig
 from hrgan.errors import UserError
 from hrgan.networks.layers import keyed_seed
+from hrgan.pictures import to_rgb
 
 INCEPTION = "inception-v3-compat"
 RANDOM = "random-conv-64"
@@ -90,10 +91,9 @@ class Extractor:
     network: nn.Module
 
     def features(self, images: Tensor) -> Tensor:
-        """(N, 1 or 3, H, W) uint8 -> (N, size) float64. Grey is shown as RGB with equal channels."""
-        images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+        """(N, 1, 3 or 4, H, W) uint8 -> (N, size) float64, through pictures.to_rgb."""
         with torch.no_grad():
-            features: Tensor = self.network(images)[0]
+            features: Tensor = self.network(to_rgb(images))[0]
         return features.double()
 
 

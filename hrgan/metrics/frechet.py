@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from hrgan.config import Config
-from hrgan.data.manifest import Manifest
+from hrgan.data.dataset import Dataset
 from hrgan.data.stream import Batch, read_range
 from hrgan.errors import DataError
 from hrgan.metrics.extractor import Extractor
 from hrgan.noise import latents
-from hrgan.pictures import to_uint8
+from hrgan.pictures import to_float, to_uint8
+from hrgan.sizes import size_text
 
 BLOCK = 64
 """Latents are dealt to processes in blocks of this many."""
@@ -102,14 +103,14 @@ class RealSet:
         return frechet(self.even, self.odd)
 
 
-def count_real(config: Config, manifest: Manifest) -> int:
+def count_real(config: Config, dataset: Dataset) -> int:
     """How many reals are compared."""
-    return min(config.eval.num_real or manifest.num_samples, manifest.num_samples)
+    return min(config.eval.num_real or dataset.num_samples, dataset.num_samples)
 
 
 def real_moments(
     config: Config,
-    manifest: Manifest,
+    dataset: Dataset,
     resolution: int,
     extractor: Extractor,
     rank: int,
@@ -119,8 +120,8 @@ def real_moments(
 ) -> RealSet:
     """Moments of the first reals in stored order, from the cache of the first folder that has or takes them, else
     computed by all processes."""
-    count = count_real(config, manifest)
-    key = ("moments-1", manifest.real_set, resolution, extractor.name, extractor.sha256, extractor.resize, count)
+    count = count_real(config, dataset)
+    key = ("moments-1", dataset.real_set, resolution, extractor.name, extractor.sha256, extractor.resize, count)
     identity = hashlib.sha256(repr(key).encode()).hexdigest()
     # Only the first process looks, so that all agree; the others hold zeros and no one but the first uses the sums.
     cached = _load_cached(folders, identity) if rank == 0 else None
@@ -132,20 +133,21 @@ def real_moments(
     start, stop = count * rank // world, count * (rank + 1) // world
     lost = torch.zeros(2, dtype=torch.float64, device=device)  # samples left out; processes that could not go on
     failure: DataError | None = None
-    root, data, size = Path(config.data.path), config.data, config.eval.batch
+    data, size = config.data, config.eval.batch
     batches: Iterator[Batch] = iter(())
     most = (count + world - 1) // world  # of any process
     for number in range((most + size - 1) // size):
         pause()
         try:
             if number == 0:
-                batches = read_range(root, manifest, resolution, start, stop, batch=size, workers=data.workers)
+                batches = read_range(dataset, resolution, start, stop, batch=size, workers=data.workers)
             batch = next(batches, None)
         except DataError as error:  # Raised below, on all processes: none may wait for one that has left.
             failure, lost[1], batch, batches = error, 1, None, iter(())
         if batch is None:
             continue
-        features, is_odd = extractor.features(batch.images.to(device)), (batch.samples % 2 == 1).to(device)
+        images = to_uint8(to_float(batch.images.to(device), dataset.values))
+        features, is_odd = extractor.features(images), (batch.samples % 2 == 1).to(device)
         even.add(features[~is_odd])
         odd.add(features[is_odd])
         lost[0] += len(batch.bad)
@@ -160,8 +162,8 @@ def real_moments(
         raise failure or DataError("another process cannot read its shards; its line names what is wrong")
     if bad > config.data.max_bad * max(count, 1000):
         raise DataError(
-            f"{config.data.path}: {int(bad)} of {count} real samples at {resolution}² cannot be read, more than "
-            f"data.max_bad {config.data.max_bad}; run: hrgan data check {config.data.path}"
+            f"{dataset.where}: {int(bad)} of {count} real samples at {size_text(dataset.form.grid, resolution)} cannot "
+            f"be read, more than data.max_bad {config.data.max_bad}; run: hrgan data check {dataset.where}"
         )
     result = RealSet(even, odd, identity)
     if rank == 0 and not bad:  # What lacks a sample must not pass for the whole set once that is mended.
@@ -241,7 +243,7 @@ def fake_moments(
 
 def evaluate(
     config: Config,
-    manifest: Manifest,
+    dataset: Dataset,
     generator: nn.Module,
     alpha: float,
     extractor: Extractor,
@@ -271,13 +273,13 @@ def evaluate(
             )
     finally:
         generator.train(training)
-    row = compare(config, manifest, resolution, fakes, extractor, rank, world, folders, pause)
+    row = compare(config, dataset, resolution, fakes, extractor, rank, world, folders, pause)
     return row | {"seconds": round(time.perf_counter() - began, 3)} if rank == 0 else row
 
 
 def compare(
     config: Config,
-    manifest: Manifest,
+    dataset: Dataset,
     resolution: int,
     fakes: Moments,
     extractor: Extractor,
@@ -287,7 +289,7 @@ def compare(
     pause: Callable[[], None] = go_on,
 ) -> dict[str, float | int | str | None]:
     """The distance of fakes to the reals of a set, with its floor and everything it depends on; {} but on rank 0."""
-    reals = real_moments(config, manifest, resolution, extractor, rank, world, folders, pause)
+    reals = real_moments(config, dataset, resolution, extractor, rank, world, folders, pause)
     if rank > 0:
         return {}
     # There is no distance to non-finite pictures: null in metrics.jsonl, and never the best.
@@ -301,5 +303,5 @@ def compare(
         "resize": extractor.resize,
         "num_fake": int(fakes.count),
         "num_real": int(reals.all.count),
-        "real_set": manifest.real_set,
+        "real_set": dataset.real_set,
     }

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.text import Text
 
 from hrgan.schedule import Phase, Schedule
+from hrgan.sizes import size_text
 
 Row = dict[str, Any]
 
@@ -24,8 +25,8 @@ Row = dict[str, Any]
 class RunLog:
     """Writes the records of one run directory. Rows after `nimg` in it are dropped: a resumed run makes them again."""
 
-    def __init__(self, run: Path, nimg: int, tensorboard: bool) -> None:
-        self.run = run
+    def __init__(self, run: Path, nimg: int, tensorboard: bool, grid: Sequence[int] = (4, 4)) -> None:
+        self.run, self.grid = run, grid
         self.go_back(nimg)
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
@@ -54,8 +55,9 @@ class RunLog:
             f"{name} {'skipped' if row[key] is None else format(row[key], '.3f'):>7}"
             for name, key in (("D", "loss_d"), ("G", "loss_g"))
         )
+        size = size_text(self.grid, row["resolution"])
         line = (
-            f"{row['resolution']}² {'fade' if fading else 'stable':6} {row['kimg']:8.1f}/{total_kimg:g} kimg  "
+            f"{size} {'fade' if fading else 'stable':6} {row['kimg']:8.1f}/{total_kimg:g} kimg  "
             f"{row['img_per_sec']:7.1f} img/s  data {row['data_wait']:4.0%}  {losses}  ETA {clock(eta_seconds)}"
         )
         if self.live:
@@ -129,7 +131,7 @@ def drop_after(path: Path, nimg: int) -> None:
             os.replace(partial, path)
 
 
-def summary(run: Path) -> list[str]:
+def summary(run: Path, grid: Sequence[int]) -> list[str]:
     """Lines for the end of a run: its metric at the first and last evaluation of the last resolution, and its newest
     picture."""
     # In order of nimg: `hrgan eval --watch` adds the rows of older checkpoints after those of newer ones.
@@ -144,8 +146,9 @@ def summary(run: Path) -> list[str]:
             f"{'none' if row[name] is None else format(row[name], '.4f')} at {row['nimg'] / 1000:g} kimg"
             for row in (first, last)
         ]
+        size = size_text(grid, last["resolution"])
         lines.append(
-            f"{name} at {last['resolution']}²: {', '.join(values)}; reals against reals {last[f'{name}_floor']:.4f}"
+            f"{name} at {size}: {', '.join(values)}; reals against reals {last[f'{name}_floor']:.4f}"
         )
     pictures = sorted((run / "samples").glob("*.png"))
     if pictures:

@@ -41,16 +41,18 @@ def rgb_sizes(resolution: int, fading: bool) -> list[int]:
 
 
 class Generator(nn.Module):
-    """z: (N, latent) float32 from N(0, 1) -> (N, channels, R, R) float32, about [-1, 1]."""
+    """z: (N, latent) float32 from N(0, 1) -> (N, channels, H, W) float32, about [-1, 1]. H x W is the grid (usually
+    4 x 4) times R / 4."""
 
     def __init__(
         self, config: NetworkConfig, resolution: int, fading: bool, autocast: torch.dtype | None = None
     ) -> None:
         super().__init__()
         self.resolution, self.fading, self.autocast = resolution, fading, autocast
+        self.rows, self.columns = config.grid
         first = width(config, 4)
         # The gain of the first layer is sqrt(2)/4 in the authors' code.
-        self.dense = ScaledLinear(config.latent, first * 16, gain=HE_GAIN / 4, bias=False)
+        self.dense = ScaledLinear(config.latent, first * self.rows * self.columns, gain=HE_GAIN / 4, bias=False)
         self.dense_bias = nn.Parameter(torch.empty(first))
         self.blocks = nn.ModuleDict()
         for size in sizes(4, resolution):
@@ -73,7 +75,8 @@ class Generator(nn.Module):
     def forward(self, z: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
         """Images. `alpha` in [0, 1] is the weight of the new resolution in a fade; `labels` is None (unconditional)."""
         with torch.autocast(z.device.type, self.autocast, enabled=self.autocast is not None):
-            x = self.dense(pixel_norm(z)).view(len(z), -1, 4, 4) + self.dense_bias.view(1, -1, 1, 1)  # (N, C, 4, 4)
+            x = self.dense(pixel_norm(z)).view(len(z), -1, self.rows, self.columns)  # (N, C, 4, 4)
+            x = x + self.dense_bias.view(1, -1, 1, 1)
             x = pixel_norm(lrelu(x.contiguous(memory_format=torch.channels_last)))
             old = x
             for size, block in self.blocks.items():
@@ -88,7 +91,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """x: (N, channels, R, R) float32 in [-1, 1], N a multiple of 4 -> logits (N, 1) float32."""
+    """x: (N, channels, H, W) float32 in [-1, 1], N a multiple of 4 -> logits (N, 1) float32."""
 
     def __init__(
         self, config: NetworkConfig, resolution: int, fading: bool, autocast: torch.dtype | None = None
@@ -106,7 +109,7 @@ class Discriminator(nn.Module):
             )
         last = width(config, 4)
         self.blocks["4"] = nn.ModuleList([ScaledConv(last + 1, last, 3)])
-        self.dense = ScaledLinear(last * 16, last)
+        self.dense = ScaledLinear(last * config.grid[0] * config.grid[1], last)
         self.logit = ScaledLinear(last, 1, gain=1)
 
     def forward(self, x: Tensor, labels: Tensor | None, alpha: float) -> Tensor:

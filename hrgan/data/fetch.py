@@ -1,0 +1,141 @@
+"""The bytes of a picture, wherever they are: files, spans of files, zip members, URLs. Runs in the worker processes."""
+
+import os
+import random
+import time
+import zipfile
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+from hrgan.data.index import Place
+
+MOST = 2**30
+"""Bytes of one picture's file. No decoder takes more, and a damaged length must not take all memory."""
+ATTEMPTS = 5
+BACKOFF_SECONDS = 0.5
+TIMEOUT_SECONDS = 30.0
+
+
+class Unfetched(Exception):
+    """The bytes cannot be had. args: (reason, detail)."""
+
+
+def fetch(place: Place) -> bytes:
+    """The file's bytes. Raises Unfetched."""
+    try:
+        if place.kind == "zip":
+            return _from_zip(place)
+        if place.kind == "url":
+            return _from_url(place.where)
+        if place.kind == "span":
+            data = os.pread(_descriptor(place.where), place.size, place.offset)
+            if len(data) != place.size:
+                raise Unfetched("unreadable", f"the archive ends after {len(data)} of {place.size} bytes")
+            return data
+        with open(place.where, "rb") as file:
+            data = file.read(MOST + 1)
+        if len(data) > MOST:
+            raise Unfetched("too_large", f"more than {MOST} bytes")
+        return data
+    except OSError as error:
+        raise Unfetched("unreadable", error.strerror or type(error).__name__) from None
+
+
+@lru_cache(8)
+def _descriptor(path: str) -> int:
+    return os.open(path, os.O_RDONLY)  # Kept open for the life of a worker; a build reads few archives.
+
+
+@lru_cache(8)
+def _archive(path: str, process: int) -> zipfile.ZipFile:
+    """process: an open file's place is shared with a forked process, so each has its own."""
+    return zipfile.ZipFile(path)
+
+
+def _from_zip(place: Place) -> bytes:
+    try:
+        archive = _archive(place.where, os.getpid())
+        member = archive.infolist()[place.offset]
+        if member.file_size > MOST:
+            raise Unfetched("too_large", f"{member.file_size} bytes, at most {MOST}")
+        with archive.open(member) as file:
+            data = file.read(MOST + 1)
+    except (Unfetched, OSError, MemoryError):
+        raise
+    except Exception as error:  # zipfile raises BadZipFile, zlib.error, EOFError, RuntimeError (encrypted) and others
+        raise Unfetched("unreadable", f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+    if len(data) > MOST:
+        raise Unfetched("too_large", f"more than {MOST} bytes")
+    return data
+
+
+def plain_url(url: str) -> str:
+    """A URL as people may see it: without user, password and query, which can hold secrets."""
+    try:
+        parts = urlsplit(url)
+        host = parts.netloc.rsplit("@", 1)[-1]
+        return urlunsplit((parts.scheme, host, parts.path, "", ""))
+    except ValueError:
+        return "a malformed URL"
+
+
+def _from_url(url: str) -> bytes:
+    """With retries; what a server refuses for good is not asked for again."""
+    problem = ""
+    for attempt in range(ATTEMPTS):
+        if attempt:
+            time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1) * (0.5 + random.random() / 2))
+        try:
+            return _download(url) if urlsplit(url).scheme in ("http", "https") else _from_store(url)
+        except Unfetched:
+            raise
+        except Exception as error:  # of sockets, TLS, HTTP and each kind of store
+            # Not the error's own text, which may quote the URL with its secrets.
+            reason = getattr(error, "reason", None)
+            problem = type(reason if isinstance(reason, Exception) else error).__name__
+            code = getattr(error, "code", None)
+            if isinstance(code, int):
+                problem = f"HTTP {code}"
+                if 400 <= code < 500 and code not in (408, 425, 429):
+                    break
+    raise Unfetched("unreachable", problem)
+
+
+def _download(url: str) -> bytes:
+    import http.client
+    import urllib.request
+
+    with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+        data: bytes = response.read(MOST + 1)
+        wanted = response.headers.get("Content-Length")
+    if len(data) > MOST:
+        raise Unfetched("too_large", f"more than {MOST} bytes")
+    if wanted is not None and len(data) != int(wanted):
+        raise http.client.IncompleteRead(data)
+    return data
+
+
+@lru_cache(8)
+def _store(root: str) -> object:
+    from hrgan.data.store import Store
+
+    return Store(root)
+
+
+def _from_store(url: str) -> bytes:
+    from hrgan.data.store import Store
+    from hrgan.errors import HrganError
+
+    root, _, name = url.rpartition("/")
+    store = _store(root)
+    assert isinstance(store, Store)
+    try:
+        return store.read(name, MOST)
+    except HrganError as error:  # It tried again itself, and its text has no secrets.
+        raise Unfetched("unreachable", str(error)) from None
+
+
+def spool_path(out: Path) -> Path:
+    """Where pictures of sources that are only read in one go wait for their turn."""
+    return out / "build.spool"

@@ -1,0 +1,547 @@
+"""`hrgan data report`: one page, OUT/report.html, of what a finished set holds, for people to look through.
+
+The samples pass once, and what is kept of them does not grow with their number: exact counts of the stored values (all
+the statistics follow from those), counts of the sources' sizes, and the first pictures of some classes. The order of a
+set is that of a hash, so the first are as good as drawn at random.
+"""
+
+import base64
+import contextlib
+import csv
+import html
+import io
+import os
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from string import Template
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hrgan.data import manifest as manifests
+from hrgan.data.build import REPORT, SKIPPED
+from hrgan.data.images import Pixels, decode
+from hrgan.data.manifest import Manifest
+from hrgan.data.shards import BadSample, ShardReader, parse_meta
+from hrgan.errors import DataError
+
+CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
+EXAMPLES = 5
+"""Lines shown of each reason for which pictures were skipped, and of the damage found."""
+CLASS_BARS, VALUE_BARS = 100, 30
+SHEETS, SHEET, UNLABELLED_SHEET = 40, 24, 64
+"""Contact sheets at most, pictures on one of them, and on the only one of a set without classes."""
+STATISTICS_SIDE, PICTURE_SIDE = 32, 64
+"""Pixels that the shorter side of the tier has at least from which statistics and contact sheets are made."""
+LONGEST = 2**18 - 1
+"""Pixels; longer sides of sources are counted as this one."""
+GAP = 2
+
+Counts = NDArray[np.int64]
+
+
+def write_report(out: Path, skipped: bool = True) -> Path:
+    """Make OUT/report.html for the finished set in the folder OUT, and return its path. The page needs nothing else: no
+    network, no scripts.
+
+    skipped: whether the page names files that were left out (the first of each reason); their counts are there anyway.
+    Damaged samples are left out, counted and said. Raises DataError where OUT is no finished set.
+    """
+    out = Path(out)
+    manifest = manifests.load(out)
+    survey = _survey(out, manifest)
+    page = Template(PAGE).substitute(
+        name=_text(manifest.name),
+        summary=_summary(manifest),
+        damage=_damage(survey),
+        facts=_facts(manifest),
+        tiers=_tiers(manifest),
+        skipped=_skipped(out / SKIPPED, skipped),
+        sizes=_source_sizes(survey),
+        channels=_channels(survey),
+        classes=_classes(manifest),
+        attributes=_attributes(manifest),
+        sheets=_sheets(survey),
+    )
+    temporary = out / f"{REPORT}.tmp"
+    try:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(temporary, out / REPORT)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return out / REPORT
+
+
+# The samples
+
+
+@dataclass
+class Survey:
+    """What is known of the samples that have passed."""
+
+    manifest: Manifest
+    tier: int
+    """Of the statistics."""
+    picture_tier: int
+    """Of the contact sheets."""
+    values: Counts
+    """(channels, 2**bits): pixels of each stored value."""
+    sizes: Counts
+    """(3, LONGEST + 1): sources of each width, height and shorter side."""
+    sheets: dict[int, list[NDArray[np.uint8]]]
+    """Label -> pictures (h, w, 3)."""
+    sheet: int
+    """Pictures wanted on a sheet."""
+    read: int = 0
+    enlarged: int = 0
+    damaged: int = 0
+    problems: list[str] = field(default_factory=list)
+    """The first few."""
+
+    def wants(self, label: int) -> bool:
+        """Whether a picture of this class is still to be shown."""
+        return label in self.sheets and len(self.sheets[label]) < self.sheet
+
+    def add(self, pixels: Pixels, source: tuple[int, int]) -> None:
+        """pixels: (h, w, C); source: width and height."""
+        self.read += 1
+        for channel, counts in enumerate(self.values):
+            counts += np.bincount(pixels[..., channel].ravel(), minlength=len(counts))
+        sides = (*source, min(source))
+        self.sizes[range(3), [max(0, min(side, LONGEST)) for side in sides]] += 1
+        height, width = self.manifest.form.size(self.manifest.resolution)
+        narrower, lower = source[0] < width, source[1] < height
+        # Padding ends where the first side fits, cropping and stretching where both are filled.
+        self.enlarged += (narrower and lower) if self.manifest.form.fit == "pad" else (narrower or lower)
+
+    def lost(self, samples: int, problem: str) -> None:
+        self.damaged += samples
+        if len(self.problems) < EXAMPLES:
+            self.problems.append(problem)
+
+
+def _survey(out: Path, manifest: Manifest) -> Survey:
+    labels = _largest(manifest.class_counts, SHEETS) if manifest.classes else [0]
+    survey = Survey(
+        manifest=manifest,
+        tier=_tier_of(manifest, STATISTICS_SIDE),
+        picture_tier=_tier_of(manifest, PICTURE_SIDE),
+        values=np.zeros((manifest.channels, 2**manifest.bits), np.int64),
+        sizes=np.zeros((3, LONGEST + 1), np.int64),
+        sheets={label: [] for label in sorted(labels)},
+        sheet=SHEET if manifest.classes else UNLABELLED_SHEET,
+    )
+    for shard, samples in enumerate(manifest.shard_samples):
+        before = survey.read + survey.damaged
+        try:
+            _read_shard(out, survey, shard)
+        except (DataError, OSError) as error:  # What follows in the shard cannot be found.
+            survey.lost(before + samples - survey.read - survey.damaged, str(error).replace(f"{out}{os.sep}", ""))
+    return survey
+
+
+def _tier_of(manifest: Manifest, side: int) -> int:
+    """The smallest tier whose shorter side has so many pixels, else the largest there is."""
+    return min((tier for tier in manifest.tiers if min(manifest.form.size(tier)) >= side), default=manifest.resolution)
+
+
+def _read_shard(out: Path, survey: Survey, shard: int) -> None:
+    """Raises DataError or OSError where the shard cannot be read on."""
+    manifest, form = survey.manifest, survey.manifest.form
+    with contextlib.ExitStack() as stack:
+
+        def opened(tier: int) -> ShardReader:
+            file, samples = manifest.tiers[tier][shard].file, manifest.shard_samples[shard]
+            stream = stack.enter_context(open(out / file, "rb"))
+            return ShardReader(stream, file, sum(manifest.shard_samples[:shard]), samples, manifest.extension)
+
+        reader, pictures = opened(survey.tier), opened(survey.picture_tier)
+        offsets = array("q", [0])
+        while reader.index < manifest.shard_samples[shard]:
+            index, sample = reader.index, reader.read()
+            try:
+                meta = parse_meta(sample, len(manifest.classes))
+                pixels = decode(sample.image, form, survey.tier)
+                if survey.wants(meta.label):
+                    pictures.go_to(index, offsets)
+                    larger = pictures.read()
+                    parse_meta(larger, len(manifest.classes))
+                    shown = decode(larger.image, form, survey.picture_tier)
+                    survey.sheets[meta.label].append(_to_rgb(shown, manifest.values))
+            except BadSample as error:
+                survey.lost(1, f"{manifest.tiers[survey.tier][shard].file}: sample {sample.key}: {error}")
+                continue
+            survey.add(pixels, meta.size)
+        reader.finish()
+
+
+def _to_rgb(pixels: Pixels, values: tuple[int, int]) -> NDArray[np.uint8]:
+    """A stored picture (h, w, C) as people see it (h, w, 3): transparency over a light checkerboard, 16 bits with the
+    set's least and greatest value as black and white."""
+    levels: NDArray[np.floating] = pixels.astype(np.float32)
+    if pixels.dtype == np.uint16:
+        levels = (levels - values[0]) * (255 / (values[1] - values[0]))
+    if pixels.shape[2] == 4:
+        rows, columns = np.indices(pixels.shape[:2]) // 8
+        board = np.where((rows + columns) % 2, 222, 250)[..., None]
+        share = levels[..., 3:] / 255
+        levels = levels[..., :3] * share + board * (1 - share)
+    rgb = np.broadcast_to(levels, (*levels.shape[:2], 3))
+    rounded: NDArray[np.uint8] = np.floor(np.clip(rgb, 0, 255) + 0.5).astype(np.uint8)
+    return rounded
+
+
+def _largest(counts: Sequence[int], most: int) -> list[int]:
+    """Positions of the largest counts, the largest first."""
+    return sorted(range(len(counts)), key=lambda position: (-counts[position], position))[:most]
+
+
+# The set
+
+
+def _text(value: object) -> str:
+    """For HTML, in text and in attributes: cut where very long, unseen characters as their escapes, such as \\n."""
+    # Besides control characters half surrogate pairs, and what turns the direction of the text that follows.
+    unseen = "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    text = re.sub(unseen, lambda match: match[0].encode("unicode_escape").decode(), str(value))
+    return html.escape(text if len(text) <= 300 else f"{text[:300]}…")
+
+
+def _of_size(size: Sequence[int]) -> str:
+    return f"{size[0]:,} × {size[1]:,}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"
+
+
+def _summary(manifest: Manifest) -> str:
+    kind = {1: "grey", 3: "RGB", 4: "RGBA"}[manifest.channels]
+    size = _of_size(manifest.form.size(manifest.resolution))
+    classes = f" in {_plural(len(manifest.classes), 'class')}" if manifest.classes else ""
+    return f"{_plural(manifest.num_samples, 'sample')}{classes}, {size} pixels, {kind}, {manifest.bits} bits"
+
+
+def _facts(manifest: Manifest) -> str:
+    form = manifest.form
+    quality = f", quality {form.quality}" if form.format == "jpeg" else " (lossless)"
+    facts = {
+        "samples": f"{manifest.num_samples:,}",
+        "height × width": f"{_of_size(form.size(manifest.resolution))} pixels",
+        "channels": f"{manifest.channels} ({', '.join(CHANNELS[manifest.channels])})",
+        "bits": manifest.bits,
+        "format": form.format + quality,
+        "fit": form.fit,
+        "filter": form.filter,
+        "alpha": form.alpha,
+        "window": form.window,
+        "values": f"{manifest.values[0]} and {manifest.values[1]} are −1 and 1 in training",
+        "seed": manifest.seed,
+        "label": manifest.label or "none",
+        "real_set": manifest.real_set,
+    }
+    return "".join(f"<div><dt>{name}</dt><dd>{_text(value)}</dd></div>" for name, value in facts.items())
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells are escaped already; the first of each row names it."""
+    names = "".join(f'<th scope="col">{name}</th>' for name in head)
+    body = "".join(f'<tr><th scope="row">{row[0]}</th><td>{"</td><td>".join(row[1:])}</td></tr>' for row in rows)
+    return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _tiers(manifest: Manifest) -> str:
+    rows = []
+    for tier, shards in sorted(manifest.tiers.items()):
+        total = sum(shard.bytes for shard in shards)
+        each = _bytes(total / max(1, manifest.num_samples))
+        rows.append([str(tier), _of_size(manifest.form.size(tier)), f"{len(shards):,}", _bytes(total), each])
+    return _table(("tier", "height × width", "shards", "size", "a sample"), rows)
+
+
+def _damage(survey: Survey) -> str:
+    if not survey.problems:
+        return ""
+    lines = "".join(f"<li>{_text(problem)}</li>" for problem in survey.problems)
+    return (
+        '<section class="damage"><h2>Damage</h2><p>Missing from the numbers and pictures below, because they cannot be '
+        f"read: {survey.damaged:,} of {_plural(survey.manifest.num_samples, 'sample')}. The first problems of the "
+        f"tiers looked at here (<code>hrgan data check</code> finds all):</p><ul>{lines}</ul></section>"
+    )
+
+
+def _skipped(path: Path, shown: bool) -> str:
+    """Counts by reason of skipped.csv, with the first lines of each."""
+    counts: Counter[str] = Counter()
+    lines: dict[str, list[str]] = {}
+    note = ""
+    try:
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+            rows = csv.reader(file)
+            next(rows, None)
+            for row in rows:
+                name, reason, detail = (*row, "", "", "")[:3]
+                counts[reason] += 1
+                first = lines.setdefault(reason, [])
+                if len(first) < EXAMPLES:
+                    first.append(f"<li><code>{_text(name)}</code> {_text(detail)}</li>")
+    except FileNotFoundError:
+        return f"<p>Not known: there is no {SKIPPED}.</p>"
+    except (OSError, csv.Error) as error:
+        note = f"<p>{SKIPPED} cannot be read to its end: {_text(error)}</p>"
+    if not counts:
+        return note or "<p>Nothing.</p>"
+    parts = []
+    for reason, count in counts.most_common():
+        head = f"<b>{count:,}</b> {_text(reason) or 'no reason'}"
+        more = f"<p>and {count - EXAMPLES:,} more in {SKIPPED}</p>" if count > EXAMPLES else ""
+        listed = f"<ul>{''.join(lines[reason])}</ul>{more}" if shown else ""
+        parts.append(f"<details open><summary>{head}</summary>{listed}</details>" if shown else f"<p>{head}</p>")
+    return note + "".join(parts)
+
+
+# Numbers
+
+
+def _median(counts: Counts) -> float:
+    """counts: of each whole number from 0."""
+    running, total = np.cumsum(counts), int(counts.sum())
+    middle = np.searchsorted(running, [(total - 1) // 2, total // 2], side="right")
+    return float(middle.mean())
+
+
+def _histogram(counts: Counts, edges: Sequence[int], unit: str, about: str, colour: str) -> str:
+    """Inline SVG with one bar for each pair of edges, of the numbers from the first to before the second. counts: of
+    each whole number from 0."""
+    sums = [int(counts[low:high].sum()) for low, high in pairwise(edges)]
+    top, bars = max(1, *sums), []
+    for x, ((low, high), count) in enumerate(zip(pairwise(edges), sums, strict=True)):
+        if count:
+            height = 100 * (count / top) ** 0.5
+            span = f"{low:,}" if high == low + 1 else f"{low:,} to {high - 1:,}"
+            bars.append(
+                f'<rect x="{x}.05" y="{100 - height:.1f}" width=".9" height="{height:.1f}">'
+                f"<title>{span}{unit}: {count:,}</title></rect>"
+            )
+    return (
+        f'<figure><svg class="{colour}" viewBox="0 0 {len(sums)} 100" preserveAspectRatio="none" role="img" '
+        f'aria-label="{_text(about)}">{"".join(bars)}</svg>'
+        f'<div class="axis"><span>{edges[0]:,}{unit}</span><span>{edges[-1] - 1:,}{unit}</span></div>'
+        f"<figcaption>{_text(about)}</figcaption></figure>"
+    )
+
+
+def _source_sizes(survey: Survey) -> str:
+    if not survey.read:
+        return "<p>No sample can be read.</p>"
+    rows = []
+    for name, counts in zip(("width", "height", "shorter side"), survey.sizes, strict=True):
+        there = np.flatnonzero(counts)
+        rows.append([name, f"{there[0]:,}", f"{_median(counts):,.10g}", f"{there[-1]:,}"])
+    least, most = int(there[0]), int(there[-1])  # Of the shorter side, the last.
+    edges = np.unique(np.geomspace(max(1, least), most + 1, 33).round().astype(int)).tolist()
+    histogram = _histogram(survey.sizes[2], edges, " px", "Sources by their shorter side", "plain")
+    size = _of_size(survey.manifest.form.size(survey.manifest.resolution))
+    both = "both sides" if survey.manifest.form.fit == "pad" else "a side"
+    return (
+        f"<p>{survey.enlarged:,} of {survey.read:,} ({survey.enlarged / survey.read:.1%}) were smaller than the set's "
+        f"{size} in {both} and are enlarged.</p>"
+        + _table(("pixels", "min", "median", "max"), rows)
+        + (histogram if least < most else "")
+    )
+
+
+def _channels(survey: Survey) -> str:
+    if not survey.read:
+        return "<p>No sample can be read.</p>"
+    manifest = survey.manifest
+    low, high = manifest.values
+    step = -((low - high - 1) // 64)  # Whole numbers, so that no bar stands for more of them than another.
+    edges = [*range(low, high + 1, step), high + 1]
+    rows, figures = [], []
+    stored = np.arange(2**manifest.bits, dtype=np.float64)
+    for name, counts in zip(CHANNELS[manifest.channels], survey.values, strict=True):
+        total, there = counts.sum(), np.flatnonzero(counts)
+        mean = (counts * stored).sum() / total
+        deviation = (counts * (stored - mean) ** 2).sum() / total
+        rows.append([name, f"{mean:,.2f}", f"{deviation**0.5:,.2f}", f"{there[0]:,}", f"{there[-1]:,}"])
+        figures.append(_histogram(counts, edges, "", f"Pixels by their {name}", name))
+    note = ""
+    if manifest.channels == 4:
+        clear = survey.values[3, 0] / survey.values[3].sum()
+        note = f"<p>{clear:.2%} of the pixels are fully transparent; their colours count, too.</p>"
+    size = _of_size(manifest.form.size(survey.tier))
+    return (
+        f"<p>Of all pixels of the {_plural(survey.read, 'sample')} at {size}, in stored numbers.</p>{note}"
+        + _table(("channel", "mean", "standard deviation", "min", "max"), rows)
+        + f'<div class="figures">{"".join(figures)}</div>'
+    )
+
+
+def _bars(counts: dict[str, int], most: int, noun: str) -> str:
+    """The largest of the counts."""
+    names, numbers = list(counts), list(counts.values())
+    kept = _largest(numbers, most)
+    top = max(1, *numbers)
+    items = "".join(
+        f'<li><span class="name">{_text(names[at]) or "(empty)"}</span><span class="track">'
+        f'<i style="width:{100 * numbers[at] / top:.2f}%"></i></span><span class="count">{numbers[at]:,}</span></li>'
+        for at in kept
+    )
+    rest = sum(numbers) - sum(numbers[at] for at in kept)
+    left = len(names) - len(kept)
+    more = f"<p>and {left:,} more {noun}, together {_plural(rest, 'sample')}</p>" if left else ""
+    return f'<ol class="bars">{items}</ol>{more}'
+
+
+def _classes(manifest: Manifest) -> str:
+    if not manifest.classes:
+        return "<p>None: the set is unlabelled.</p>"
+    return _bars(dict(zip(manifest.classes, manifest.class_counts, strict=True)), CLASS_BARS, "classes")
+
+
+def _attributes(manifest: Manifest) -> str:
+    parts = []
+    for name, counts in manifest.attributes.items():
+        values = _bars(counts, VALUE_BARS, "values") if counts else "<p>of too many values to count</p>"
+        parts.append(f"<h3>{_text(name)}</h3>{values}")
+    return f"<section><h2>Attributes</h2>{''.join(parts)}</section>" if parts else ""
+
+
+# Pictures
+
+
+def _sheets(survey: Survey) -> str:
+    manifest = survey.manifest
+    height, width = manifest.form.size(survey.picture_tier)
+    figures = []
+    for label, pictures in survey.sheets.items():
+        if pictures:
+            name = _text(manifest.classes[label]) if manifest.classes else ""
+            count = manifest.class_counts[label] if manifest.classes else manifest.num_samples
+            image = _image(pictures, f"{_plural(len(pictures), 'picture')} of {f'class {name}' if name else 'the set'}")
+            caption = f"{f'{name}: ' if name else ''}{len(pictures)} of {count:,}"
+            figures.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
+    left = len(manifest.classes) - len(figures)
+    more = f"<p>{_plural(left, 'class')} more without a sheet here.</p>" if manifest.classes and left else ""
+    note = "transparency shown over a checkerboard, " if manifest.channels == 4 else ""
+    if manifest.bits == 16:
+        note = f"{manifest.values[0]:,} shown as black and {manifest.values[1]:,} as white, "
+    # One sheet takes the whole width, more stand beside each other.
+    kind = "sheets" if len(figures) > 1 else "sheet"
+    about = f"<p>The first in the set's order, which is random, of the tier of {_of_size((height, width))}, {note}"
+    return f'{about}compressed for this page.</p><div class="{kind}">{"".join(figures)}</div>{more}'
+
+
+def _image(pictures: list[NDArray[np.uint8]], about: str) -> str:
+    """Pictures (h, w, 3) tiled, small ones enlarged to about 64 pixels. about: escaped."""
+    factor = max(1, PICTURE_SIDE // min(pictures[0].shape[:2]))
+    height, width = (factor * side for side in pictures[0].shape[:2])
+    # Whole rows of 24 and 64 where they can be; on a phone, too, pictures are to be seen.
+    columns = min(len(pictures), next((n for n in (8, 6, 4, 3, 2) if n * (width + GAP) <= 800), 1))
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, 3), 128, np.uint8)
+    for number, picture in enumerate(pictures):
+        top, left = number // columns * (height + GAP), number % columns * (width + GAP)
+        sheet[top : top + height, left : left + width] = picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    buffer = io.BytesIO()
+    Image.fromarray(sheet).save(buffer, "JPEG", quality=90, subsampling=0)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    size = f'width="{sheet.shape[1]}" height="{sheet.shape[0]}"'
+    return f'<img src="data:image/jpeg;base64,{data}" {size} alt="{about}">'
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="robots" content="noindex">
+<link rel="icon" href="data:,">
+<title>$name: report</title>
+<style>
+:root { color-scheme: light dark; --back: #fff; --fore: #1c2128; --soft: #57606a; --line: #d5dbe1; --panel: #f5f7f9;
+  --plain: #3b6fd4; --red: #cf3a3a; --green: #2e9148; --blue: #3b6fd4; --grey: #6e7781; --alpha: #8a56c4;
+  --warn: #fff1e5; }
+@media (prefers-color-scheme: dark) { :root { --back: #12161b; --fore: #e2e7ec; --soft: #97a1ab; --line: #333b44;
+  --panel: #1b2129; --plain: #6b9bf2; --red: #f07171; --green: #5cc878; --blue: #6b9bf2; --grey: #a3adb7;
+  --alpha: #b98bea; --warn: #3a2716; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--fore); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 75rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
+h1 { font-size: 1.8rem; line-height: 1.2; margin: .5rem 0 0; }
+h2 { font-size: 1.25rem; margin: 0 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
+p { margin: .4rem 0; }
+header p, figcaption, .axis, dt, thead th { color: var(--soft); }
+section { border-top: 1px solid var(--line); padding: 1.2rem 0; margin-top: 1.2rem; }
+.damage { background: var(--warn); border: 1px solid var(--line); border-radius: 6px; padding: 1rem; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)); gap: .8rem 1.5rem;
+  margin: 0 0 1.2rem; }
+dt { font-size: .85rem; }
+dd { margin: 0; }
+dl div:last-child { grid-column: 1 / -1; }
+dl div:last-child dd, code { font: .875em/1.5 ui-monospace, monospace; }
+code { background: var(--panel); padding: .1em .3em; border-radius: 4px; unicode-bidi: isolate; }
+.wide { overflow-x: auto; margin: .6rem 0; }
+table { border-collapse: collapse; overflow-wrap: normal; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; font-weight: normal; padding: .3rem 0 .3rem 1rem; border-bottom: 1px solid var(--line);
+  vertical-align: bottom; }
+tbody td { white-space: nowrap; }
+th:first-child { text-align: left; padding-left: 0; }
+@media (min-width: 40rem) { th, td { padding-left: 2rem; } }
+summary { cursor: pointer; }
+details { margin: .5rem 0; }
+ul { margin: .3rem 0; padding-left: 1.2rem; }
+li { margin: .2rem 0; }
+figure { margin: .8rem 0 0; min-width: 0; }
+figcaption, .axis { font-size: .85rem; }
+figcaption { text-align: center; }
+.axis { display: flex; justify-content: space-between; }
+svg { display: block; width: 100%; height: 7rem; background: var(--panel); border-bottom: 1px solid var(--line); }
+rect { fill: var(--plain); }
+.red rect { fill: var(--red); } .green rect { fill: var(--green); } .blue rect { fill: var(--blue); }
+.grey rect { fill: var(--grey); } .alpha rect { fill: var(--alpha); }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 0 1.5rem; }
+.bars { list-style: none; margin: .5rem 0; padding: 0; columns: 26rem; column-gap: 2.5rem; }
+.bars li { display: grid; grid-template-columns: minmax(0, 2fr) minmax(0, 3fr) minmax(3.5rem, auto); gap: .7rem;
+  align-items: center; margin: 0; padding: .12rem 0; break-inside: avoid; }
+.name { unicode-bidi: isolate; }
+.track { height: .8rem; background: var(--panel); }
+.track i { display: block; height: 100%; background: var(--plain); }
+.count { text-align: right; font-variant-numeric: tabular-nums; }
+.sheets { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 32rem), 1fr)); gap: .5rem 1.5rem; }
+img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+</style>
+</head>
+<body>
+<main>
+<header><h1>$name</h1><p>$summary</p></header>
+$damage
+<section><h2>Facts</h2><dl>$facts</dl>$tiers</section>
+<section><h2>Left out</h2>$skipped</section>
+<section><h2>Sizes of the sources</h2>$sizes</section>
+<section><h2>Channels</h2>$channels</section>
+<section><h2>Classes</h2>$classes</section>
+$attributes
+<section><h2>Pictures</h2>$sheets</section>
+<footer><p>The histograms' bars are as high as the square roots of their counts: rare values are seen, too.</p></footer>
+</main>
+</body>
+</html>
+"""
