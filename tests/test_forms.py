@@ -16,7 +16,7 @@ from PIL import Image
 from hrgan.data import manifest as manifests
 from hrgan.data.build import build
 from hrgan.data.dataset import Dataset, open_set
-from hrgan.data.images import Picture, make_tiers
+from hrgan.data.images import Picture, decode, encode, make_tiers
 from hrgan.data.manifest import Form, Manifest
 from hrgan.data.stream import batches, read_range
 from hrgan.errors import DataError, UserError
@@ -342,3 +342,41 @@ def slow_on_rank_1(config: str, run: str) -> int:
 
     stream.batches = slowed
     return cli("train", "--config", config, "--run", run)
+
+
+@pytest.mark.parametrize(
+    ("channels", "bits", "image_format"),
+    [(c, 8, f) for c in (1, 3) for f in ("webp", "png", "jpeg")] + [(4, 8, "webp"), (4, 8, "png"), (1, 16, "png")],
+)
+def test_the_decoder_gives_the_pixels_that_pillow_gives(channels: int, bits: int, image_format: str) -> None:
+    alpha = "keep" if channels == 4 else "white"
+    form = Form((16, 64), (4, 4), channels, bits, image_format, 90, "crop", "lanczos", alpha, "auto")
+    rng = np.random.default_rng(0)
+    for number in range(20):
+        pixels = rng.integers(0, 2**bits, (64, 64, channels)).astype(np.uint16 if bits == 16 else np.uint8)
+        if number % 2:  # smooth, as pictures are
+            pixels[:] = np.linspace(0, 2**bits - 1, 64)[:, None, None] * rng.random(channels)
+        data = encode(pixels, form)
+        found = decode(data, form, 64)
+        mode = {1: "I;16" if bits == 16 else "L", 3: "RGB", 4: "RGBA"}[channels]
+        pillow = Image.open(io.BytesIO(data))
+        expected = np.asarray(pillow if pillow.mode == mode else pillow.convert(mode))
+        assert (found == expected.reshape(found.shape)).all()
+        if image_format != "jpeg":
+            assert (found == pixels).all()
+
+
+def test_a_mix_is_trained_from_the_command_line(children: Children, shards: Path, tmp_path: Path) -> None:
+    made("drawn:40", tmp_path / "other", 32, seed=4)
+    (tmp_path / "config.yaml").write_text(CONFIG.format(shards=shards, network="channels: 3"))
+    words = ("--config", str(tmp_path / "config.yaml"), "--run", str(tmp_path / "run"))
+    path = f"{{{shards}: 0.7, {tmp_path / 'other'}: 0.3}}"
+    code, output = children.run(tmp_path / "log", cli, "train", *words, "--data.path", path)
+    assert code == 0, output
+    for _ in range(2):  # It goes on with the configuration that it wrote, and only with the same sets and shares.
+        code, output = children.run(tmp_path / "log", cli, "train", *words, "--data.path", path)
+        assert code == 0, output
+    path = f"{{{shards}: 0.5, {tmp_path / 'other'}: 0.5}}"
+    code, output = children.run(tmp_path / "log", cli, "train", *words, "--data.path", path)
+    assert code == 2
+    assert "holds other images" in output
