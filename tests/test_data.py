@@ -21,8 +21,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hrgan.data import build as build_module
-from hrgan.data import drawn, images
+from hrgan.data import drawn, images, making
 from hrgan.data import manifest as manifests
 from hrgan.data.build import build
 from hrgan.data.check import check as check_set
@@ -401,9 +400,9 @@ def test_what_an_interrupted_build_left_is_only_gone_on_with_as_it_was(
 ) -> None:
     out, whole = tmp_path / "set", tmp_path / "whole"
     made = iter(range(20))
-    usual = build_module.make
+    usual = making.make
     with monkeypatch.context() as patch:
-        patch.setattr(build_module, "make", lambda *words: usual(*words) if next(made, 20) < 19 else 1 / 0)
+        patch.setattr(making, "make", lambda *words: usual(*words) if next(made, 20) < 19 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             build(str(folder), out, 32, name="x", workers=0, shard_samples=4)
     assert (out / "build.sqlite").exists()

@@ -8,80 +8,30 @@ OUT, with how far the build has come: one that was stopped or killed goes on aft
 
 import contextlib
 import csv
-import errno
-import fcntl
-import hashlib
 import io
 import json
-import multiprocessing
 import os
 import re
-import shutil
-import signal
 import sqlite3
 import sys
-import threading
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from hrgan.data import manifest as manifests
 from hrgan.data import sources
+from hrgan.data.folder import INDEX, LOCK, RELIST, SKIPPED, SPOOL, check_folder, clean, disk_errors_named, locked
 from hrgan.data.index import Entry, Index
+from hrgan.data.making import Made, Options, Result, made, shown
 from hrgan.data.manifest import Form, Manifest
 from hrgan.data.shards import EXTENSIONS, SetWriter, Shard
 from hrgan.data.sources import Wanted
 from hrgan.errors import DataError, UserError
 from hrgan.sizes import levels, target
-from hrgan.watch import STOP_SIGNALS, stopped_by_signals, stops_held
-
-SKIPPED = "skipped.csv"
-INDEX = "build.sqlite"
-SPOOL = "build.spool"
-RELIST = "build.relist"
-"""Of a source that is listed again, to see whether it has changed."""
-LOCK = "build.lock"
-PARTS = manifests.PARTS
-REPORT = "report.html"
-OURS = {manifests.FILE, manifests.FILE + ".tmp", SKIPPED, INDEX, RELIST, SPOOL, LOCK, PARTS, REPORT}
-OURS |= {f"{name}-journal" for name in (INDEX, RELIST)} | {f"{REPORT}.tmp"}
-
-
-@dataclass(frozen=True)
-class Options:
-    """How each picture is made; sent to every worker process. near: whether perceptual hashes are wanted."""
-
-    form: Form
-    min_size: int
-    seed: int
-    near: bool
-
-
-class Made(NamedTuple):
-    """One picture's result, or why it was skipped."""
-
-    content: bytes = b""
-    """sha256 of what the picture was made from."""
-    tiers: tuple[bytes, ...] = ()
-    origin: str = ""
-    size: tuple[int, int] = (0, 0)
-    """Of the source, width and height."""
-    values: tuple[int, int] = (0, 255)
-    """Least and greatest."""
-    near: int = 0
-    """64-bit perceptual hash, where wanted."""
-    reason: str = ""
-    detail: str = ""
-
-
-Result = tuple[Entry, Made]
+from hrgan.watch import stopped_by_signals
 
 
 @dataclass(frozen=True)
@@ -577,170 +527,3 @@ def _kind_problems(channels: int | None, bits: int, image_format: str | None, al
     if image_format == "jpeg" and (alpha == "keep" or channels == 4):
         found.append("image_format is jpeg, expected webp or png with alpha keep: JPEG has no transparency")
     return found
-
-
-# The output folder
-
-
-@contextlib.contextmanager
-def disk_errors_named(out: Path) -> Iterator[None]:
-    """A full or read-only disk as a UserError with the folder, what failed and the free space."""
-    try:
-        yield
-    except (OSError, sqlite3.Error) as error:
-        full = isinstance(error, sqlite3.Error) and error.sqlite_errorcode == sqlite3.SQLITE_FULL
-        refused = isinstance(error, OSError) and error.errno in (
-            errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST
-        )  # fmt: skip
-        if not (full or refused):
-            raise
-        what = getattr(error, "filename", None) or (INDEX if full else "a file")
-        free = f"{shutil.disk_usage(out).free / 2**20:.1f} MB free" if out.is_dir() else "no such folder"
-        raise UserError(f"{out}: cannot write {what} ({error}), {free}; make room or choose another OUT") from error
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One build at a time. The kernel drops the lock with this process, however that ends."""
-    with open(path, "w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not held by forked workers
-            # The file may have been removed by a build that ended between our opening and locking it.
-            current = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except (BlockingIOError, PermissionError):
-            current = False
-        if not current:
-            raise UserError(f"{path.parent}: another build is writing here; wait for it or choose another OUT")
-        try:
-            yield
-        finally:
-            path.unlink()
-
-
-def _is_tier(path: Path) -> bool:
-    """Whether a folder is what a build writes: named by a power of two, with tar files only."""
-    side = int(path.name) if path.name.isdecimal() else 0
-    return side >= 16 and not side & (side - 1) and path.is_dir() and all(p.suffix == ".tar" for p in path.iterdir())
-
-
-def _is_cache(path: Path) -> bool:
-    """Whether a folder is what evaluations leave beside a set: statistics of its pictures."""
-    return (
-        path.name == "stats"
-        and path.is_dir()
-        and all(p.suffix == ".safetensors" or p.name.startswith(".") for p in path.iterdir())
-    )
-
-
-def check_folder(out: Path, overwrite: bool, merging: bool = False) -> None:
-    """UserError for an OUT that holds a finished set (unless that may be replaced) or anything that no build wrote."""
-    if (out / PARTS).is_dir() and not merging:
-        raise UserError(
-            f"{out} holds parts of a set; join them with `hrgan data merge {out}`, or remove {out / PARTS} first"
-        )
-    if (out / manifests.FILE).exists() and not overwrite:
-        raise UserError(f"{out} already holds a set; add --overwrite to replace it or choose another OUT")
-    for entry in sorted(out.iterdir()):
-        if entry.name not in OURS and not _is_tier(entry) and not _is_cache(entry):
-            raise UserError(f"{out} holds {entry.name}, which no build wrote; choose an empty or new OUT")
-
-
-def clean(out: Path, keep: str = "") -> None:
-    """Remove a set, whole or partial; its manifest first, so that no moment shows a manifest without its shards."""
-    for name in (manifests.FILE, *sorted(OURS - {manifests.FILE, LOCK, PARTS, keep})):
-        (out / name).unlink(missing_ok=True)
-    for entry in out.iterdir():
-        if entry.is_dir() and (_is_tier(entry) or _is_cache(entry)):
-            shutil.rmtree(entry)
-
-
-# Making, in parallel
-
-
-def make(options: Options, entry: Entry) -> Made:
-    """One picture: fetch (or draw), read, fit, resize to each tier, encode. Runs in the worker processes."""
-    from hrgan.data import drawn, fetch, images
-
-    form, place = options.form, entry.place
-    try:
-        if place.kind == "drawn":
-            square = drawn.draw(place.offset, options.seed, max(form.size(form.tiers[-1])))
-            picture, data = images.Picture(images.converted(square, form)), entry.path.encode()
-        else:
-            data = fetch.fetch(place)
-            picture = images.read_picture(data, form, place.frame, options.min_size)
-        tiers = images.make_tiers(picture, form, entry.crop, options.min_size)
-    except (fetch.Unfetched, images.Unusable) as error:
-        return Made(reason=error.args[0], detail=error.args[1])
-    part = repr((place.frame, entry.crop)).encode() if place.frame or entry.crop else b""
-    content = hashlib.sha256(data + part).digest()
-    encoded = tuple(images.encode(tier, form) for tier in tiers.images)
-    near = images.perceptual_hash(tiers.images, form) if options.near else 0
-    return Made(content, encoded, _origin(entry), tiers.size, tiers.values, near)
-
-
-def _origin(entry: Entry) -> str:
-    """What a sample says of where it is from. Of DICOM not the file's name, in which there may be a patient's."""
-    if entry.place.frame is None:
-        return entry.path.encode(errors="replace").decode()
-    return "dicom-" + hashlib.sha256(os.fsencode(entry.path)).hexdigest()[:32]
-
-
-def made(options: Options, entries: Iterator[Entry], workers: int) -> Generator[Result, None, None]:
-    """Entries and what was made of them, in their order, at most a few per worker in flight."""
-    if workers <= 1:
-        for entry in entries:
-            yield entry, make(options, entry)
-        return
-    # fork: neither the main module nor anything heavy is imported again, and no thread of ours runs at this point.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker)
-    flying: deque[tuple[Entry, Future[Made]]] = deque()
-    try:
-        with stops_held():
-            pool.submit(int)  # Forks all workers.
-        for entry in entries:
-            flying.append((entry, pool.submit(make, options, entry)))
-            if len(flying) >= 4 * workers:
-                entry, future = flying.popleft()
-                yield entry, future.result()
-        while flying:
-            entry, future = flying.popleft()
-            yield entry, future.result()
-    except BrokenProcessPool as error:
-        raise UserError(f"a worker process was killed, perhaps for memory; use fewer than {workers} workers") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Leave stops to the main process, and end with it even when it is killed."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        if parent is not None:
-            wait([parent.sentinel])
-            os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def shown(results: Iterator[Result], total: int, before: int = 0) -> Generator[Result, None, None]:
-    """Pass results on while showing progress: a bar on a terminal, else a line each 10 seconds."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    interval = 0.2 if console.is_terminal else 10.0
-    last = time.monotonic()
-    # auto_refresh would be a thread, which does not go well with fork
-    with Progress(console=console, auto_refresh=False, disable=not console.is_terminal) as bar:
-        task = bar.add_task("images", total=total)
-        for done, result in enumerate(results, start=before + 1):
-            yield result
-            if time.monotonic() - last > interval or done == total:
-                last = time.monotonic()
-                bar.update(task, completed=done, refresh=True)
-                if not console.is_terminal and done < total:
-                    print(f"{done} of {total} images", file=sys.stderr, flush=True)

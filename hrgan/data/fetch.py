@@ -5,10 +5,11 @@ import random
 import time
 import zipfile
 from functools import lru_cache
-from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from hrgan.data.index import Place
+from hrgan.data.store import HTTP, PIECE, Refused, Store, open_http, reason_of
+from hrgan.errors import HrganError
 
 MOST = 2**30
 """Bytes of one picture's file. No decoder takes more, and a damaged length must not take all memory."""
@@ -81,61 +82,43 @@ def plain_url(url: str) -> str:
 
 
 def _from_url(url: str) -> bytes:
-    """With retries; what a server refuses for good is not asked for again."""
+    """With retries; what a server refuses for good is not asked for again. No text quotes the URL: it may hold secrets
+    here, as rows of tables do."""
     problem = ""
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(BACKOFF_SECONDS * 2 ** (attempt - 1) * (0.5 + random.random() / 2))
         try:
-            return _download(url) if urlsplit(url).scheme in ("http", "https") else _from_store(url)
-        except Unfetched:
+            return _download(url) if urlsplit(url).scheme in HTTP else _from_store(url)
+        except FileNotFoundError:
+            raise Unfetched("unreachable", "HTTP 404") from None
+        except Refused:
+            raise Unfetched("unreachable", "access was refused") from None
+        except (Unfetched, MemoryError):
             raise
         except Exception as error:  # of sockets, TLS, HTTP and each kind of store
-            # Not the error's own text, which may quote the URL with its secrets.
-            reason = getattr(error, "reason", None)
-            problem = type(reason if isinstance(reason, Exception) else error).__name__
-            code = getattr(error, "code", None)
-            if isinstance(code, int):
-                problem = f"HTTP {code}"
-                if 400 <= code < 500 and code not in (408, 425, 429):
-                    break
+            problem = reason_of(error)
     raise Unfetched("unreachable", problem)
 
 
 def _download(url: str) -> bytes:
-    import http.client
-    import urllib.request
-
-    with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
-        data: bytes = response.read(MOST + 1)
-        wanted = response.headers.get("Content-Length")
-    if len(data) > MOST:
-        raise Unfetched("too_large", f"more than {MOST} bytes")
-    if wanted is not None and len(data) != int(wanted):
-        raise http.client.IncompleteRead(data)
-    return data
+    data = bytearray()
+    with open_http(url, TIMEOUT_SECONDS) as response:
+        while piece := response.read(PIECE):
+            data += piece
+            if len(data) > MOST:
+                raise Unfetched("too_large", f"more than {MOST} bytes")
+    return bytes(data)
 
 
 @lru_cache(8)
-def _store(root: str) -> object:
-    from hrgan.data.store import Store
-
+def _store(root: str) -> Store:
     return Store(root)
 
 
 def _from_store(url: str) -> bytes:
-    from hrgan.data.store import Store
-    from hrgan.errors import HrganError
-
     root, _, name = url.rpartition("/")
-    store = _store(root)
-    assert isinstance(store, Store)
     try:
-        return store.read(name, MOST)
+        return _store(root).read(name, MOST)
     except HrganError as error:  # It tried again itself, and its text has no secrets.
         raise Unfetched("unreachable", str(error)) from None
-
-
-def spool_path(out: Path) -> Path:
-    """Where pictures of sources that are only read in one go wait for their turn."""
-    return out / "build.spool"

@@ -21,29 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from hrgan.data import manifest as manifests
-from hrgan.data.build import (
-    INDEX,
-    LOCK,
-    PARTS,
-    SKIPPED,
-    Listed,
-    Made,
-    Plan,
-    Progress,
-    Result,
-    check_folder,
-    clean,
-    disk_errors_named,
-    identity,
-    list_source,
-    locked,
-    made,
-    plan_of,
-    shown,
-    spool,
-    write_set,
-)
+from hrgan.data.build import Listed, Plan, Progress, identity, list_source, plan_of, spool, write_set
+from hrgan.data.folder import INDEX, LOCK, PARTS, SKIPPED, check_folder, clean, disk_errors_named, locked
 from hrgan.data.index import Entry, Index, Place
+from hrgan.data.making import Made, Result, made, shown
 from hrgan.data.manifest import Manifest
 from hrgan.errors import DataError, UserError
 from hrgan.watch import stopped_by_signals

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hrgan.data import manifest as manifests
-from hrgan.data.build import REPORT, SKIPPED
+from hrgan.data.folder import REPORT, SKIPPED
 from hrgan.data.images import Pixels, decode
 from hrgan.data.manifest import Manifest
 from hrgan.data.shards import BadSample, ShardReader, parse_meta

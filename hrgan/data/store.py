@@ -57,7 +57,7 @@ class Missing(DataError):
     """A file that is not there."""
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """The server wants other credentials."""
 
 
@@ -196,13 +196,13 @@ class Store:
                 return attempt()
             except FileNotFoundError:
                 raise Missing(f"{name} is missing there") from None
-            except (_Refused, PermissionError):
+            except (Refused, PermissionError):
                 place = CREDENTIALS[self._scheme]
                 raise DataError(f"{name}: access was refused; credentials are taken from {place}") from None
             except (UserError, DataError, MemoryError):
                 raise
             except Exception as error:  # of sockets, TLS, HTTP and each kind of store
-                problem = _reason(error)
+                problem = reason_of(error)
                 if number % 3 == 0:
                     print(f"{name}: {problem}; trying again", file=sys.stderr, flush=True)
         tries = f"{access.retries + 1} attempts" if access.retries else "one attempt"
@@ -244,7 +244,7 @@ class Store:
 
     def _opened(self, file: str) -> Any:
         if self._scheme in HTTP:
-            return _http(f"{self.where}/{quote(file)}", self._access.timeout_seconds)
+            return open_http(f"{self.where}/{quote(file)}", self._access.timeout_seconds)
         system = _filesystem(self._scheme, self._access.timeout_seconds, os.getpid())
         return system.open(f"{self.where}/{file}", "rb", block_size=8 * PIECE, cache_type="readahead")
 
@@ -363,8 +363,9 @@ def _check_package(scheme: str) -> None:
         raise UserError(f"data.path: {scheme}:// needs the package {package}: pip install {package}") from None
 
 
-def _http(url: str, timeout: float) -> _Checked:
-    """A response whose every wait for bytes is bounded."""
+def open_http(url: str, timeout: float) -> Response:
+    """A response whose every wait for bytes is bounded. FileNotFoundError for what is not there, Refused for other
+    credentials, any error of the network."""
     request = urllib.request.Request(url, headers={"User-Agent": "hrgan"})
     login = _netrc(urlsplit(url).hostname or "")
     if login is not None:
@@ -376,12 +377,12 @@ def _http(url: str, timeout: float) -> _Checked:
         if error.code in (404, 410):
             raise FileNotFoundError(url) from None
         if error.code in (401, 403, 407):
-            raise _Refused from None
+            raise Refused from None
         raise ConnectionError(f"HTTP {error.code}") from None
-    return _Checked(response, response.headers.get("Content-Length"))
+    return Response(response, response.headers.get("Content-Length"))
 
 
-class _Checked:
+class Response:
     """A response that says when it ends before its announced length, which urllib's `read(n)` does not."""
 
     def __init__(self, response: IO[bytes], length: str | None) -> None:
@@ -395,7 +396,7 @@ class _Checked:
                 raise ConnectionError(f"the connection ended {self._left} bytes early")
         return piece
 
-    def __enter__(self) -> _Checked:
+    def __enter__(self) -> Response:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -437,7 +438,7 @@ def _from_command(command: str) -> Iterator[bytes]:
             raise ConnectionError(f"the command ended with code {process.returncode}")
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What went wrong, without what might be secret: texts of errors can quote URLs and headers."""
     inner = getattr(error, "reason", None)
     error = inner if isinstance(inner, Exception) else error
