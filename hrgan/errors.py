@@ -16,6 +16,12 @@ REFUSALS = (
 """Errors of the system that a user mends by making room, or by naming another place: no fault of the program."""
 
 
+def one_line(text: object, most: int = 200) -> str:
+    """What a file says of itself, fit for a message: names and values may hold anything."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= most else f"{line[:most]}..."
+
+
 class HrganError(Exception):
     """An end with a known cause: printed as one line without a traceback."""
 

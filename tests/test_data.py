@@ -641,9 +641,12 @@ def test_pictures_of_the_wrong_size_or_label_are_bad_samples() -> None:
     for broken in (b"RIFF", b""):
         with pytest.raises(BadSample, match="does not decode"):
             images.decode(broken, FORM, 16)
-    sample = RawSample("000000000", b"", b'{"label": 3, "origin": "", "crc32": 0, "size": [1, 1]}')
-    with pytest.raises(BadSample, match="label is 3, expected less than 3"):
+    sample = RawSample("000000000", b"", b'{"label": 3, "origin": "", "size": [1, 1], "crc32": 0}')
+    with pytest.raises(BadSample, match=r"crc32 is \d+, expected 0"):
         parse_meta(sample, 3)
+    right = zlib.crc32(sample.meta.removesuffix(b', "crc32": 0}'))
+    with pytest.raises(BadSample, match="label is 3, expected less than 3"):
+        parse_meta(sample._replace(meta=sample.meta.replace(b" 0}", b" %d}" % right)), 3)
     with pytest.raises(BadSample, match="unreadable json"):
         parse_meta(sample._replace(meta=b"{"), 3)
 

@@ -7,9 +7,12 @@ import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -294,9 +297,8 @@ def test_processes_share_the_cache_and_each_file_is_asked_for_once(
 
 
 def test_the_cache_stays_within_its_bound_and_drops_the_least_recently_used(
-    server: Server, settings: DataConfig, blobs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    server: Server, settings: DataConfig, blobs: dict[str, bytes]
 ) -> None:
-    monkeypatch.setattr(stores, "FRESH_SECONDS", 0.0)
     store = Store(server.url, Access(settings.cache, cache_gb=3500 / 1e9))
     paths = {}
     for name in ("0.tar", "1.tar", "2.tar", "0.tar", "3.tar"):
@@ -438,3 +440,225 @@ def test_sets_that_do_not_go_together_are_refused(
 
 def test_missing_is_a_data_error() -> None:
     assert issubclass(Missing, DataError)
+
+
+# Around a fetch
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def in_a_fork(target: Callable[[], Any]) -> int | None:
+    child = multiprocessing.get_context("fork").Process(target=target, daemon=True)
+    child.start()
+    child.join(30)
+    return child.exitcode
+
+
+def test_fetching_works_in_a_fork_of_a_process_that_fetches(
+    server: Server, bucket: str, settings: DataConfig, blobs: dict[str, bytes], shards: Path
+) -> None:
+    store, remote = Store(server.url, Access(settings.cache)), Store(bucket, Access(settings.cache))
+    manifest = remote.read("manifest.json")
+    server.behaviour = {".tar": partial(stalls, times=99)}
+    for name in ("1.tar", "4.tar", "5.tar", "6.tar"):  # as many as may wait; the first holds its lock in the fork
+        store.prefetch(name, 1000, digest(blobs[name]))
+    while not server.asked["1.tar"]:
+        time.sleep(0.01)
+    server.behaviour = {}
+
+    def child() -> None:
+        assert remote.read("manifest.json") == manifest
+        for name in ("1.tar", "2.tar"):
+            assert fetch(store, name, blobs[name]).read_bytes() == blobs[name]
+        store.prefetch("3.tar", 1000, digest(blobs["3.tar"]))
+        deadline = time.monotonic() + 10
+        while not store._cached(digest(blobs["3.tar"])).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    assert in_a_fork(child) == 0
+
+
+def test_a_store_is_picklable_and_serves_several_threads(
+    server: Server, settings: DataConfig, blobs: dict[str, bytes]
+) -> None:
+    store = pickle.loads(pickle.dumps(Store(server.url, Access(settings.cache))))
+    wrong: list[str] = []
+
+    def read() -> None:
+        wrong.extend(name for name, content in blobs.items() if fetch(store, name, content).read_bytes() != content)
+
+    threads = [threading.Thread(target=read) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not wrong
+    assert {server.asked[name] for name in blobs} == {1}
+
+
+def test_an_exit_waits_for_nothing_that_is_fetched_ahead(server: Server, settings: DataConfig) -> None:
+    server.behaviour = {".tar": partial(stalls_at_once, times=99)}
+    code = (
+        "from hrgan.data.store import *; import time; "
+        f"store = Store({server.url!r}, Access({settings.cache!r})); "
+        "[store.prefetch('16/drawn-00000.tar', 1, str(i) * 64) for i in range(9)]; time.sleep(0.3)"
+    )
+    begun = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
+    assert time.monotonic() - begun < 25
+    assert server.asked["16/drawn-00000.tar"] <= 2
+
+
+def test_what_a_killed_process_left_is_removed_and_never_trusted(
+    server: Server, settings: DataConfig, blobs: dict[str, bytes]
+) -> None:
+    server.behaviour = {".tar": stalls}
+    store, cache = Store(server.url, Access(settings.cache)), Path(settings.cache or "")
+    child = multiprocessing.get_context("fork").Process(target=fetch, args=(store, "5.tar", blobs["5.tar"]))
+    child.start()
+    while not list(cache.glob("tmp/*.partial")):
+        time.sleep(0.01)
+    child.kill()
+    child.join()
+    assert len(list(cache.glob("tmp/*"))) == 1
+    assert not store._cached(digest(blobs["5.tar"])).exists()
+    fetch(store, "4.tar", blobs["4.tar"])
+    assert not list(cache.glob("tmp/*"))
+
+
+def test_the_bound_counts_files_without_a_mark_and_those_being_fetched(
+    server: Server, settings: DataConfig, blobs: dict[str, bytes]
+) -> None:
+    store, cache = Store(server.url, Access(settings.cache, cache_gb=3500 / 1e9)), Path(settings.cache or "")
+    unmarked = fetch(store, "0.tar", blobs["0.tar"])
+    unmarked.with_suffix(".ok").unlink()  # as a kill between the two leaves it
+    marked = fetch(store, "1.tar", blobs["1.tar"])
+    reserved = store._make_room(1000, "f" * 64)
+    assert reserved.stat().st_size == 1000
+    fetch(store, "2.tar", blobs["2.tar"])
+    assert not unmarked.exists()
+    assert marked.exists()
+    held = [path.stat().st_size for path in [*cache.glob("shards/*/" + "?" * 64), reserved]]
+    assert held == [1000] * 3
+    with pytest.raises(UserError, match=r"data.cache_gb: 3.5e-06 GB do not hold a shard of 1 GB"):
+        store._make_room(10**9, "e" * 64)
+
+
+def test_what_was_just_used_goes_last(server: Server, settings: DataConfig, blobs: dict[str, bytes]) -> None:
+    store = Store(server.url, Access(settings.cache, cache_gb=2500 / 1e9))
+    fresh, stale = (fetch(store, name, blobs[name]) for name in ("0.tar", "1.tar"))
+    os.utime(stale.with_suffix(".ok"), (time.time() - 100,) * 2)
+    fetch(store, "2.tar", blobs["2.tar"])
+    assert fresh.exists()
+    assert not stale.exists()
+
+
+def test_a_new_file_is_not_removed_by_who_saw_the_damaged_one(
+    server: Server, settings: DataConfig, blobs: dict[str, bytes]
+) -> None:
+    """Four processes find the same damaged file; it is fetched once, and the path that each got stays good."""
+    store = Store(server.url, Access(settings.cache))
+    path = fetch(store, "1.tar", blobs["1.tar"])
+    for round_ in range(5):
+        path.write_bytes(b"x" * 1000)
+        context = multiprocessing.get_context("fork")
+        start = context.Barrier(4)
+        names = {"1.tar": blobs["1.tar"]}
+        children = [context.Process(target=together, args=(server.url, settings.cache, start, names)) for _ in range(4)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(30)
+        assert [child.exitcode for child in children] == [0] * 4
+        assert server.asked["1.tar"] == 2 + round_
+
+
+def test_waiting_for_another_process_is_said_once(
+    server: Server, settings: DataConfig, blobs: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(stores, "WAIT_SECONDS", 0.2)
+    server.behaviour = {".tar": stalls_at_once}
+    store = Store(server.url, Access(settings.cache))
+    store.prefetch("1.tar", 1000, digest(blobs["1.tar"]))
+    while not server.asked["1.tar"]:
+        time.sleep(0.01)
+    fetch(store, "1.tar", blobs["1.tar"])
+    assert capfd.readouterr().err.count(f"waiting for another process that fetches {server.url}/1.tar") == 1
+
+
+def test_a_cache_that_cannot_be_written_is_named_and_not_taken_for_the_server(
+    server: Server, settings: DataConfig, blobs: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data.cache: .*file/cache cannot be written \(Not a directory, .* GB free\)"):
+        fetch(Store(server.url, Access(str(tmp_path / "file" / "cache"))), "1.tar", blobs["1.tar"])
+    for number, text in ((28, "No space left on device"), (13, "Permission denied")):
+
+        def fails(*_: Any, number: int = number, text: str = text) -> None:
+            raise OSError(number, text)
+
+        monkeypatch.setattr(os, "fsync", fails)
+        with pytest.raises(
+            UserError, match=rf"cannot be written \({text}, .* GB free\); make room, lower data.cache_gb"
+        ):
+            fetch(Store(server.url, Access(settings.cache)), "1.tar", blobs["1.tar"])
+    assert server.asked["1.tar"] == 2
+    assert not list(Path(settings.cache or "").glob("tmp/*"))
+
+
+def test_a_login_that_fails_appears_nowhere(
+    server: Server, settings: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password hunter2\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    server.behaviour = {".json": lambda handler, content, before: handler.send_error(401)}
+    with pytest.raises(DataError, match=r"access was refused; credentials are taken from ~/.netrc") as error:
+        Store(server.url).read("manifest.json")
+    assert server.asked["manifest.json"] == 1
+    told = "".join([str(error.value), *capfd.readouterr()])
+    assert "hunter2" not in told
+    assert "bWU6aHVudGVyMg" not in told
+    assert "hunter2" not in redacted("Authorization: Basic hunter2== http://me:a@hunter2@host/x hf_hunter2hunter2")
+    shown = Store(
+        "pipe:curl -H 'Authorization: Bearer hunter2' https://h/{}?sig=hunter2", Access(allow_pipe=True)
+    ).where
+    assert "{}" in shown
+    assert "hunter2" not in shown
+
+
+def test_a_command_that_hangs_or_prints_nothing_is_a_failed_attempt(settings: DataConfig) -> None:
+    access = Access(settings.cache, timeout_seconds=0.5, retries=0, allow_pipe=True)
+    begun = time.monotonic()
+    with pytest.raises(DataError, match=r"no answer in time \(stalled\)"):
+        Store("pipe:printf a; sleep 60; : {}", access).read("x")
+    assert time.monotonic() - begun < 10
+    with pytest.raises(DataError, match="the command printed nothing"):
+        Store("pipe:true {}", access).read("x")
+    with pytest.raises(DataError, match=r"code 1: cat: .*/nowhere/x.*: No such file"):
+        Store("pipe:cat /nowhere/{}", access).read("x")
+
+
+def test_an_s3_store_that_stalls_is_asked_as_often_as_said(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "BACKOFF_SECONDS", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        stores._filesystem.cache_clear()
+        begun = time.monotonic()
+        with pytest.raises(DataError, match=r"cannot be fetched: ReadTimeoutError: .* \(2 attempts\)"):
+            Store(bucket, Access(timeout_seconds=0.5, retries=1)).read("manifest.json")
+        seconds = time.monotonic() - begun
+    stores._filesystem.cache_clear()
+    assert 1.0 <= seconds < 3.0
+
+
+def test_the_least_cache_that_is_named_is_enough(server: Server) -> None:
+    for largest in (1_004_900_000, 2_344_900_000, 999_500_000):
+        with pytest.raises(UserError, match="expected at least") as error:
+            Store(server.url, Access(cache_gb=0.1)).check_room(1, largest)
+        least = float(str(error.value).split("expected at least ")[1].split(",")[0])
+        Store(server.url, Access(cache_gb=least)).check_room(1, largest)
+        assert largest <= least * 1e9

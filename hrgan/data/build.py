@@ -497,9 +497,9 @@ def _argument_problems(
             found.append(f"source {source} is of no known kind, expected a folder, {', '.join(endings)}")
     for name, value, choices in (
         ("image_format", image_format or "webp", tuple(EXTENSIONS)),
-        ("fit", fit, ("crop", "pad", "stretch")),
-        ("filter", image_filter, ("lanczos", "box", "bicubic")),
-        ("alpha", alpha, ("white", "black", "keep")),
+        ("fit", fit, manifests.FITS),
+        ("filter", image_filter, manifests.FILTERS),
+        ("alpha", alpha, manifests.ALPHAS),
         ("bits", bits, (8, 16)),
     ):
         if value not in choices:

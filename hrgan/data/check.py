@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 
 from hrgan.data.manifest import FILE, Manifest, set_hash
@@ -19,9 +20,15 @@ def check(store: Store, manifest: Manifest) -> list[str]:
     if set_hash(manifest) != manifest.real_set:
         problems.append(f"{store.describe(FILE)}: real_set does not match its fields; it was edited after the build")
     tiers = sorted(manifest.tiers)
+    labels: Counter[int] = Counter()
     for shard in range(len(manifest.shard_samples)):
         found = {tier: list(_shard_problems(store, manifest, tier, shard, problems)) for tier in tiers}
         problems += _differences(store, manifest, shard, found)
+        labels.update(json.loads(sample)[0] for sample in found[manifest.resolution] if sample)
+    counts = tuple(labels[label] for label in range(len(manifest.classes)))
+    if counts != manifest.class_counts and not problems:
+        listed = list(manifest.class_counts)
+        problems.append(f"{store.describe(FILE)}: class_counts are {listed}, found {list(counts)}")
     return problems
 
 

@@ -6,6 +6,7 @@ this module, and no error text quotes a value of the file: there may be a patien
 """
 
 import math
+import os
 import warnings
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -51,8 +52,12 @@ def count_frames(stream: BinaryIO) -> int:
             header = pydicom.dcmread(stream, stop_before_pixels=True, specific_tags=tags)
             if "Rows" not in header or "Columns" not in header:
                 return 0
-            return max(1, int(header.get("NumberOfFrames") or 1))
-    except MemoryError:
+            frames = max(1, int(header.get("NumberOfFrames") or 1))
+            size = stream.seek(0, os.SEEK_END)
+            if frames > size:
+                raise Unreadable("unreadable", f"it says {frames} frames, but has {size} bytes")
+            return frames
+    except (Unreadable, MemoryError):
         raise
     except Exception as error:  # pydicom raises what the damage makes of it: any kind
         raise Unreadable("unreadable", f"its header cannot be read ({type(error).__name__})") from None

@@ -2,14 +2,18 @@
 
 import os
 import random
+import stat
 import time
 import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from hrgan.data.index import Place
 from hrgan.data.store import HTTP, PIECE, Refused, Store, open_http, reason_of
-from hrgan.errors import HrganError
+from hrgan.errors import HrganError, one_line
 
 MOST = 2**30
 """Bytes of one picture's file. No decoder takes more, and a damaged length must not take all memory."""
@@ -30,10 +34,12 @@ def fetch(place: Place) -> bytes:
         if place.kind == "url":
             return _from_url(place.where)
         if place.kind == "span":
-            data = os.pread(_descriptor(place.where), place.size, place.offset)
+            data = os.pread(_kept(place.where, _Descriptor).number, place.size, place.offset)
             if len(data) != place.size:
                 raise Unfetched("unreadable", f"the archive ends after {len(data)} of {place.size} bytes")
             return data
+        if not stat.S_ISREG(os.stat(place.where).st_mode):
+            raise Unfetched("unreadable", "no regular file")  # A pipe would be waited for, for ever.
         with open(place.where, "rb") as file:
             data = file.read(MOST + 1)
         if len(data) > MOST:
@@ -41,31 +47,47 @@ def fetch(place: Place) -> bytes:
         return data
     except OSError as error:
         raise Unfetched("unreadable", error.strerror or type(error).__name__) from None
+    except ValueError:  # a NUL in the name
+        raise Unfetched("unreadable", "no name of a file") from None
 
 
-@lru_cache(8)
-def _descriptor(path: str) -> int:
-    return os.open(path, os.O_RDONLY)  # Kept open for the life of a worker; a build reads few archives.
+class _Descriptor:
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def close(self) -> None:
+        os.close(self.number)
 
 
-@lru_cache(8)
-def _archive(path: str, process: int) -> zipfile.ZipFile:
-    """process: an open file's place is shared with a forked process, so each has its own."""
-    return zipfile.ZipFile(path)
+_open: OrderedDict[tuple[object, ...], Any] = OrderedDict()
+MOST_OPEN = 8
+
+
+def _kept(path: str, opener: Callable[[str], Any]) -> Any:
+    """An open archive, kept for the next picture from it: each process its own, as an open file's place is shared with
+    forked ones; and a file that was replaced is another."""
+    status = os.stat(path)
+    key = (path, opener, os.getpid(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if key not in _open:
+        while len(_open) >= MOST_OPEN:
+            _open.popitem(last=False)[1].close()
+        _open[key] = opener(path)
+    _open.move_to_end(key)
+    return _open[key]
 
 
 def _from_zip(place: Place) -> bytes:
     try:
-        archive = _archive(place.where, os.getpid())
+        archive = _kept(place.where, zipfile.ZipFile)
         member = archive.infolist()[place.offset]
         if member.file_size > MOST:
             raise Unfetched("too_large", f"{member.file_size} bytes, at most {MOST}")
         with archive.open(member) as file:
-            data = file.read(MOST + 1)
+            data: bytes = file.read(MOST + 1)
     except (Unfetched, OSError, MemoryError):
         raise
     except Exception as error:  # zipfile raises BadZipFile, zlib.error, EOFError, RuntimeError (encrypted) and others
-        raise Unfetched("unreadable", f"{type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise Unfetched("unreadable", one_line(f"{type(error).__name__}: {error}")) from None
     if len(data) > MOST:
         raise Unfetched("too_large", f"more than {MOST} bytes")
     return data

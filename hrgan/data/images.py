@@ -373,6 +373,8 @@ def decode(data: bytes, form: Form, tier: int) -> Pixels:
         raise BadSample(f"{pixels.dtype.name} pixels, expected {form.bits} bits")
     if pixels.ndim == 2:
         pixels = pixels[..., None]
+    elif form.channels == 4 and pixels.shape[2] == 3:  # WebP leaves the alpha of an opaque picture out.
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_BGR2BGRA)
     if pixels.shape != (*form.size(tier), form.channels):
         found, expected = ("x".join(map(str, shape)) for shape in (pixels.shape, (*form.size(tier), form.channels)))
         raise BadSample(f"{found} (height, width, channels), expected {expected}")

@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hrgan.data.shards import EXTENSIONS, Shard
-from hrgan.errors import DataError, UserError
+from hrgan.data.shards import BLOCK, EXTENSIONS, Shard
+from hrgan.errors import DataError, UserError, one_line
 from hrgan.sizes import LONGEST, size_at
 
 VERSION = 2
@@ -18,6 +18,9 @@ FILE = "manifest.json"
 PARTS = "parts"
 """Folder of the parts of a set that is not joined yet."""
 REBUILD = "build the set again with --overwrite"
+
+
+FITS, FILTERS, ALPHAS = ("crop", "pad", "stretch"), ("lanczos", "box", "bicubic"), ("white", "black", "keep")
 
 
 @dataclass(frozen=True)
@@ -169,10 +172,11 @@ def parse(content: bytes, path: str) -> Manifest:
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is unreadable ({error}); {REBUILD}") from None
+        raise DataError(f"{path} is unreadable ({one_line(error)}); {REBUILD}") from None
     version = fields.get("version") if isinstance(fields, dict) else None
     if version != VERSION:
-        raise DataError(f"{path}: version is {version}, expected {VERSION}; build the set again with this hrgan")
+        found = one_line(version, 20)
+        raise DataError(f"{path}: version is {found}, expected {VERSION}; build the set again with this hrgan")
     names = {field.name for field in dataclasses.fields(Manifest)}
     missing = sorted(names - set(fields))
     if missing:
@@ -181,7 +185,7 @@ def parse(content: bytes, path: str) -> Manifest:
         manifest = Manifest(**{name: _typed(name, fields[name]) for name in names})
         wrong = _contradiction(manifest)
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
-        raise DataError(f"{path}: a field has the wrong shape ({error!r}); {REBUILD}") from None
+        raise DataError(f"{path}: a field has the wrong shape ({one_line(repr(error))}); {REBUILD}") from None
     if wrong:
         raise DataError(f"{path}: its {wrong} contradict each other or are out of range; {REBUILD}")
     return manifest
@@ -193,7 +197,8 @@ def _typed(name: str, value: Any) -> Any:
         return {int(tier): tuple(_shard(**shard) for shard in shards) for tier, shards in value.items()}
     if name == "form":
         form = value | {"tiers": tuple(map(int, value["tiers"])), "grid": tuple(map(int, value["grid"]))}
-        return Form(**form | {key: int(value[key]) for key in ("channels", "bits", "quality")})
+        form |= {key: int(value[key]) for key in ("channels", "bits", "quality")}
+        return Form(**form | {key: str(value[key]) for key in ("format", "fit", "filter", "alpha", "window")})
     if name in ("classes", "values", "class_counts"):
         kind = str if name == "classes" else int
         return tuple(kind(item) for item in value)
@@ -208,8 +213,9 @@ def _shard(file: str, samples: int, bytes: int, sha256: str) -> Shard:
     """Checked, because it names a file to open: nothing outside of the set's folder."""
     if not isinstance(file, str) or file.startswith("/") or ".." in file.split("/") or "\0" in file:
         raise ValueError(f"shard file {file!r}")
-    if int(samples) < 1 or int(bytes) < 1 or len(sha256) != 64:
-        raise ValueError(f"shard {file!r}")
+    file.encode()  # Half a surrogate pair is no name.
+    if not 1 <= int(samples) <= int(bytes) // BLOCK or len(sha256) != 64 or not isinstance(sha256, str):
+        raise ValueError(f"shard {file!r} of {samples} samples in {bytes} bytes")
     return Shard(file, int(samples), int(bytes), sha256)
 
 
@@ -225,6 +231,9 @@ def _contradiction(manifest: Manifest) -> str | None:
         return "tiers or grid"
     if (form.channels, form.bits) not in ((1, 8), (3, 8), (4, 8), (1, 16)):
         return "channels and bits"
+    known = form.fit in FITS and form.filter in FILTERS and form.alpha in ALPHAS
+    if not known or (form.channels == 4) != (form.alpha == "keep"):
+        return "fit, filter, alpha and channels"
     if len(manifest.values) != 2 or not 0 <= manifest.values[0] < manifest.values[1] < 2**form.bits:
         return "values and bits"
     if len(manifest.classes) != len(manifest.class_counts) or len(set(manifest.classes)) != len(manifest.classes):

@@ -1,9 +1,9 @@
 """The tar shards of a set: written reproducibly, read strictly.
 
 A shard is a plain WebDataset tar: for each sample `<key>.<webp|png|jpg>`, then `<key>.json` with `{"label": int,
-"origin": str, "crc32": int, "size": [width, height]}` and, where the set has them, `"attributes": {name: text}`. crc32
-is of the image bytes, size in pixels is the source's. The key is the sample's number in the whole set, nine digits with
-leading zeros.
+"origin": str, "size": [width, height], "crc32": int}` and, where the set has them, `"attributes": {name: text}` before
+the crc32, which is of the image bytes followed by the json up to `, "crc32"`. size in pixels is the source's. The key
+is the sample's number in the whole set, nine digits with leading zeros.
 """
 
 import contextlib
@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from hrgan.errors import DataError
+from hrgan.errors import DataError, one_line
 
 EXTENSIONS = {"webp": "webp", "png": "png", "jpeg": "jpg"}
+CRC32 = b', "crc32": '
 BLOCK = 512  # POSIX ustar: headers and contents fill blocks of 512 bytes
 
 
@@ -103,17 +104,15 @@ class ShardReader:
         """The next member's header block, verified to be of the file `name`, and its size in bytes."""
         # Of a ustar header: name 0-99, size 124-135, checksum 148-155, type 156. tarfile takes ten times as long.
         block = self._stream.read(BLOCK)
-        if len(block) == BLOCK and block.startswith(name.encode() + b"\0") and block[156] == ord("0"):
-            try:
-                return block, int(block[124:135], 8)
-            except ValueError:
-                pass  # not octal: broken, reported below
+        whole = len(block) == BLOCK and block.startswith(name.encode() + b"\0") and block[156] == ord("0")
+        if whole and not block[124:135].strip(b"01234567"):
+            return block, int(block[124:135], 8)
         if len(block) < BLOCK or not any(block):
             raise self._problem(
                 f"the end of the shard after {self.index} samples", f"{self._samples} samples, next {name}"
             )
         try:
-            found = f"member {tarfile.TarInfo.frombuf(block, 'utf-8', 'replace').name!r}"
+            found = one_line(f"member {tarfile.TarInfo.frombuf(block, 'utf-8', 'replace').name!r}")
         except tarfile.HeaderError as error:
             found = f"a broken tar header ({error})"
         raise self._problem(found, name)
@@ -135,7 +134,8 @@ class ShardWriter:
 
     def write(self, number: int, image: bytes, about: dict[str, Any]) -> None:
         """Append sample `number` of the set. about: its json besides the crc32."""
-        meta = json.dumps(about | {"crc32": zlib.crc32(image)}).encode()
+        body = json.dumps(about).encode()[:-1]
+        meta = body + CRC32 + b"%d}" % zlib.crc32(body, zlib.crc32(image))
         for ending, content in ((self._extension, image), ("json", meta)):
             member = tarfile.TarInfo(f"{number:09d}.{ending}")
             member.size = len(content)
@@ -233,14 +233,15 @@ def parse_meta(sample: RawSample, classes: int) -> Meta:
     """Verify a sample's crc32 and label. Raises BadSample."""
     try:
         meta = json.loads(sample.meta)
-        label, origin, crc32 = int(meta["label"]), str(meta["origin"]), int(meta["crc32"])
+        body, _, check = sample.meta.rpartition(CRC32)
+        label, origin, crc32 = int(meta["label"]), str(meta["origin"]), int(check.rstrip(b"}"))
         width, height = meta["size"]
         attributes = meta.get("attributes")
         attributes = {str(name): str(value) for name, value in attributes.items()} if attributes else {}
         size = int(width), int(height)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise BadSample(f"unreadable json ({error!r})") from None
-    found = zlib.crc32(sample.image)
+        raise BadSample(f"unreadable json ({one_line(repr(error))})") from None
+    found = zlib.crc32(body, zlib.crc32(sample.image))
     if found != crc32:
         raise BadSample(f"crc32 is {found}, expected {crc32}")
     if not 0 <= label < max(1, classes):

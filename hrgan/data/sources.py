@@ -11,10 +11,13 @@
 A `dataset.json` as StyleGAN's tools write it, in a folder or a zip, gives its pictures the field `label`.
 """
 
+import contextlib
 import csv
+import errno
 import itertools
 import json
 import os
+import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -23,11 +26,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
 
-from hrgan.data.fetch import plain_url
+from hrgan.data.fetch import MOST, plain_url
 from hrgan.data.index import Crop, Entry, Index, Place
-from hrgan.errors import DataError, UserError
+from hrgan.errors import DataError, UserError, one_line
 
 ENDINGS = frozenset(
     f".{kind}"
@@ -70,8 +72,7 @@ class Found:
 
     def picture(self, path: str, place: Place, fields: Fields, where: str) -> None:
         """where: for messages, the file or the row."""
-        wanted = self.wanted
-        group = ""
+        wanted, where, group = self.wanted, one_line(where), ""
         if wanted.labels == "folder":
             group, slash, _ = path.partition("/")
             if not slash:
@@ -79,7 +80,7 @@ class Found:
         elif wanted.labels != "none":
             group = fields.get(wanted.labels, "")
             if not group:
-                known = ", ".join(sorted(fields)) or "none"
+                known = one_line(", ".join(sorted(fields))) or "none"
                 raise UserError(f"{where}: nothing in {wanted.labels!r}, the field of --labels; it has: {known}")
         attributes = {name: fields.get(name, "") for name in wanted.attributes}
         crop = _crop(fields, wanted.crop, where) if wanted.crop else None
@@ -92,8 +93,10 @@ class Found:
             self.picture(path, place, fields, where)
             return True
         frames = _frames(head) if ending in DICOM else None
+        if frames is None and ending in DICOM - {""}:
+            frames = "it does not begin as DICOM does"
         if frames is None:
-            self.others[ending or "no ending"] += 1
+            self.others[one_line(ending, 20) or "no ending"] += 1
             return False
         if isinstance(frames, str):
             self.index.drop(path, "unreadable", frames)
@@ -115,9 +118,11 @@ def list_source(index: Index, source: str, wanted: Wanted, out: Path) -> None:
         list_table(found, path)
     elif kind is not None:
         list_archive(found, path, "")
+    kinds = ", ".join(f"{ending} {count}" for ending, count in found.others.most_common(5))
+    other = f"{found.others.total()} other files ({kinds})" if found.others else "no files"
+    if sum(index.count()) and found.others:
+        print(f"{source}: {other} are no pictures by their names", file=sys.stderr)
     if not sum(index.count()):
-        kinds = ", ".join(f"{ending} {count}" for ending, count in found.others.most_common(5))
-        other = f"{found.others.total()} other files ({kinds})" if found.others else "no files"
         raise DataError(f"{source}: found {other}, expected images ({', '.join(sorted(ENDINGS))}), DICOM or archives")
 
 
@@ -125,6 +130,8 @@ def list_source(index: Index, source: str, wanted: Wanted, out: Path) -> None:
 
 
 def _open(path: Path) -> IO[bytes]:
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "no regular file")  # A pipe would be waited for, for ever.
     return open(path, "rb")
 
 
@@ -184,6 +191,8 @@ def _frames(head: Callable[[], IO[bytes]]) -> int | str | None:
                 return str(error.args[1])
     except OSError as error:
         return error.strerror or type(error).__name__
+    except ValueError:  # a NUL in the name
+        return "no name of a file"
 
 
 def _begins_as_dicom(stream: IO[bytes]) -> bool:
@@ -203,7 +212,7 @@ def dataset_labels(content: bytes, where: str) -> dict[str, Fields]:
     try:
         tree = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({' '.join(str(error).split())[:100]}); mend it or move it away") from None
+        raise UserError(f"{where}: not JSON ({one_line(error)}); mend it or move it away") from None
     pairs = tree.get("labels") if isinstance(tree, dict) else None
     labels = {}
     for number, pair in enumerate(pairs if isinstance(pairs, list) else []):
@@ -211,7 +220,7 @@ def dataset_labels(content: bytes, where: str) -> dict[str, Fields]:
         if isinstance(label, list) and sorted(map(str, label)) == ["0"] * (len(label) - 1) + ["1"]:
             label = label.index(1)
         if not isinstance(label, int) or not isinstance(pair[0], str):
-            raise UserError(f"{where}: labels[{number}] is {str(pair)[:60]}, expected [file, class number]")
+            raise UserError(f"{where}: labels[{number}] is {one_line(pair, 60)}, expected [file, class number]")
         labels[pair[0]] = {"label": str(label)}
     return labels
 
@@ -223,33 +232,44 @@ def list_archive(found: Found, path: Path, prefix: str) -> None:
     """Of a zip, tar or parquet file. prefix: of its pictures' names."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; name a folder, an archive, a table or drawn:COUNT")
-    listing = list_tar
+    listing: Callable[[Found, Path, str], None] = list_tar
     if path.name.lower().endswith(".zip"):
         listing = list_zip
     elif path.name.lower().endswith(".parquet"):
         listing = list_parquet
-    try:
+    with damage_named(path):
         listing(found, path, prefix)
+
+
+@contextlib.contextmanager
+def damage_named(path: Path | str) -> Iterator[None]:
+    """What reading an archive raises, as a DataError that names it."""
+    try:
+        yield
     except (UserError, DataError, MemoryError):
         raise
     except OSError as error:
-        if error.errno is not None:
-            raise DataError(f"{path}: {error.strerror}; expected an archive that can be read") from None
-        raise DataError(f"{path}: damaged ({_first_line(error)}); copy it again") from None
+        # zipfile, tarfile and pyarrow raise OSErrors without a number for what they find in a file.
+        problem = error.strerror if error.errno is not None else f"damaged ({_named_error(error)})"
+        raise DataError(f"{path}: {problem}; expected an archive that can be read: copy it again") from None
     except Exception as error:  # zipfile, tarfile, zlib, lzma and pyarrow each raise kinds of their own
-        raise DataError(f"{path}: damaged ({_first_line(error)}); copy it again") from None
+        raise DataError(f"{path}: damaged ({_named_error(error)}); copy it again") from None
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+def _named_error(error: Exception) -> str:
+    return one_line(f"{type(error).__name__}: {error}")
 
 
 def list_zip(found: Found, path: Path, prefix: str) -> None:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
+        if (count := _announced(path)) is not None and count != len(members) % 2**16:
+            raise DataError(f"{path}: damaged, its directory lists {len(members)} of {count} members; copy it again")
         labels: dict[str, Fields] = {}
         for member in members:
             if member.filename == "dataset.json":
+                if member.file_size > 16 * JSON_MOST:
+                    raise UserError(f"{path}/dataset.json: {member.file_size} bytes, at most {16 * JSON_MOST}")
                 labels = dataset_labels(archive.read(member), f"{path}/dataset.json")
         for number, member in enumerate(members):
             if member.is_dir() or member.filename == "dataset.json":
@@ -262,12 +282,23 @@ def list_zip(found: Found, path: Path, prefix: str) -> None:
             found.file(prefix + member.filename, place, fields, where, partial(archive.open, member))
 
 
+def _announced(path: Path) -> int | None:
+    """Members of a zip by its last record, modulo 65536; None where it has no such record at its end."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**16 - 22))
+        tail = file.read()
+    place = tail.rfind(b"PK\5\6")
+    record = tail[place : place + 22] if place >= 0 else b""
+    count = int.from_bytes(record[10:12], "little")
+    return count if len(record) == 22 and count != 0xFFFF else None  # 0xFFFF: of a zip64, which has another.
+
+
 def list_tar(found: Found, path: Path, prefix: str) -> None:
     """The fields of a WebDataset sample (members of one key that follow each other) belong to its images."""
     compressed = not path.name.lower().endswith(".tar")
     number = itertools.count()
     with tarfile.open(path, "r:*" if compressed else "r:") as archive:
-        members = ((next(number), member) for member in archive if member.isfile())
+        members = ((next(number), member) for member in _files(found, archive, prefix))
         for _, group in itertools.groupby(members, key=lambda item: _key(item[1].name)):
             pictures: list[tuple[int, tarfile.TarInfo]] = []
             fields: Fields = {}
@@ -277,13 +308,26 @@ def list_tar(found: Found, path: Path, prefix: str) -> None:
                 else:
                     pictures.append((row, member))
             for row, member in pictures:
+                if member.issparse() or member.size > MOST:
+                    found.index.drop(prefix + member.name, "unreadable", f"{member.size} bytes, sparse or too large")
+                    continue
                 place = Place("span", str(path), member.name, member.offset_data, member.size)
                 if compressed:
                     place = Place("bulk", str(path), member.name, 0, row)
                 where = f"{path}/{member.name}"
                 found.file(prefix + member.name, place, fields, where, partial(_member, archive, member))
-        if not compressed:
-            _check_end(archive, path)
+        _check_end(archive, path)
+
+
+def _files(found: Found, archive: tarfile.TarFile, prefix: str) -> Iterator[tarfile.TarInfo]:
+    """The archive's files; links that are named as pictures are dropped."""
+    for member in archive:
+        if member.size < 0:  # tarfile would go round on it for ever.
+            raise tarfile.ReadError(f"a member of {member.size} bytes")
+        if member.isfile():
+            yield member
+        elif not member.isdir() and os.path.splitext(member.name)[1].lower() in ENDINGS:
+            found.index.drop(prefix + member.name, "unreadable", "a link or no file")
 
 
 def _member(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
@@ -302,7 +346,10 @@ def _check_end(archive: tarfile.TarFile, path: Path) -> None:
     assert archive.fileobj is not None
     archive.fileobj.seek(archive.offset)
     rest = archive.fileobj.read(tarfile.BLOCKSIZE)
-    if len(rest) < tarfile.BLOCKSIZE or any(rest):
+    whole = len(rest) == tarfile.BLOCKSIZE
+    while rest and not any(rest):  # To the file's end: a compressed one has its own check there.
+        rest = archive.fileobj.read(2**20)
+    if not whole or rest:
         raise DataError(f"{path}: cut or damaged at byte {archive.offset}, expected the archive's end; copy it again")
 
 
@@ -400,7 +447,7 @@ def list_table(found: Found, path: Path) -> None:
         where = f"{path}, row {number}"
         column = next((name for name in PATHS if name in fields), None)
         if column is None:
-            raise UserError(f"{where}: no column {', '.join(PATHS)}; its columns are: {', '.join(fields)}")
+            raise UserError(f"{where}: no column {', '.join(PATHS)}; its columns are: {one_line(', '.join(fields))}")
         name = fields[column]
         if not name:
             found.index.drop(f"row {number}", "unreadable", f"nothing in column {column}")
@@ -409,8 +456,9 @@ def list_table(found: Found, path: Path) -> None:
         # The same file may be there with several crops; a URL's query, which can hold secrets, is not in its name.
         unique = known + numbered if found.wanted.crop or known != name else known
         if "://" in name:
-            if urlsplit(name).scheme not in ("http", "https", "s3", "gs", "hf"):
-                raise UserError(f"{where}: {plain_url(name)}, expected a path, http(s)://, s3://, gs:// or hf://")
+            if name.partition("://")[0].lower() not in ("http", "https", "s3", "gs", "hf"):
+                shown = one_line(plain_url(name))
+                raise UserError(f"{where}: {shown}, expected a path, http(s)://, s3://, gs:// or hf://")
             found.picture(unique, Place("url", name), fields, where)
             continue
         file = path.parent / name
@@ -427,9 +475,11 @@ def _rows(path: Path) -> Iterator[tuple[int, Fields]]:
                     yield number, _json_row(line, f"{path}, row {number}")
         return
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
             for number, row in enumerate(reader, 1):
+                if None in row or None in row.values():
+                    raise UserError(f"{path}, row {number}: not as many fields as columns; quote what has a separator")
                 yield number, {(name or "").strip(): (value or "").strip() for name, value in row.items() if name}
         except csv.Error as error:
             raise UserError(f"{path}, line {reader.line_num}: {error}; expected comma-separated values") from None
@@ -439,7 +489,7 @@ def _json_row(line: bytes, where: str) -> Fields:
     try:
         tree = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({' '.join(str(error).split())[:100]})") from None
+        raise UserError(f"{where}: not JSON ({one_line(error)})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{where}: holds {type(tree).__name__}, expected an object such as {{\"path\": ...}}")
     return plain_fields(tree)
@@ -449,14 +499,16 @@ def _crop(fields: Fields, names: tuple[str, ...], where: str) -> Crop | None:
     """None where all four are empty."""
     missing = [name for name in names if name not in fields]
     if missing:
-        raise UserError(f"{where}: no column {', '.join(missing)} of --crop; its columns are: {', '.join(fields)}")
+        known = one_line(", ".join(fields))
+        raise UserError(f"{where}: no column {', '.join(missing)} of --crop; its columns are: {known}")
     texts = [fields[name] for name in names]
     if not any(texts):
         return None
     try:
         x, y, width, height = (round(float(text)) for text in texts)
     except (ValueError, OverflowError):
-        raise UserError(f"{where}: crop is {','.join(texts)}, expected four numbers of pixels x,y,w,h") from None
+        shown = one_line(",".join(texts), 60)
+        raise UserError(f"{where}: crop is {shown}, expected four numbers of pixels x,y,w,h") from None
     return x, y, width, height
 
 
@@ -484,7 +536,8 @@ def spool(index: Index, first: int, last: int, path: Path) -> None:
                 current, at = place.where, (-1, -1, None)
                 reader = _bulk_rows(place.where, place.member)
             while at[:2] < (place.offset, place.size):
-                following = next(reader, None)
+                with damage_named(place.where):
+                    following = next(reader, None)
                 if following is None:
                     raise DataError(f"{place.where}: changed since it was listed; build again")
                 at = following
@@ -511,7 +564,7 @@ def _bulk_rows(path: str, column: str) -> Iterator[tuple[int, int, bytes | None]
         files = (member for member in archive if member.isfile())
         for row, member in enumerate(files):
             stream = archive.extractfile(member)
-            yield 0, row, stream.read() if stream is not None else None
+            yield 0, row, stream.read(MOST) if stream is not None else None
 
 
 def _cell(value: Any, folder: Path) -> bytes | None:

@@ -14,30 +14,35 @@ import netrc
 import os
 import random
 import re
+import select
 import shlex
 import shutil
+import signal
+import socket
 import subprocess
-import sys
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import filelock
 
-from hrgan.errors import DataError, UserError
+from hrgan.errors import REFUSALS, DataError, UserError
+
+T = TypeVar("T")
 
 BACKOFF_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 PIECE = 2**20
-FRESH_SECONDS = 60.0
-"""A file used so lately may be about to be opened by another process: others are removed before it."""
+WAIT_SECONDS = 10.0
+"""From which waiting for another process is said."""
 PENDING = 4
 """Most files fetched ahead by a process at a time."""
 HTTP = ("http", "https")
@@ -80,8 +85,9 @@ class Store:
 
         UserError for other schemes, a missing package, a URL with credentials in it, and a pipe that is not allowed.
         """
-        scheme = "pipe" if where.startswith("pipe:") else urlsplit(where).scheme if "://" in where else ""
+        scheme = "pipe" if where.startswith("pipe:") else where.split("://")[0].lower() if "://" in where else ""
         self._scheme, self._access = scheme, access
+        self._command = where.removeprefix("pipe:")
         self.where, self.local_root = where.rstrip("/") or "/", None
         if scheme in ("", "file"):
             self.local_root = Path(where.removeprefix("file://")).absolute()
@@ -91,6 +97,7 @@ class Store:
                 raise UserError("data.path: pipe: commands are off; --data.allow_pipe true lets them run")
             if "{}" not in where:
                 raise UserError("data.path: the pipe: command has no {}, where the file's name goes")
+            self.where = redacted(where)
         elif scheme not in (*HTTP, *PACKAGES):
             kinds = ", ".join(f"{kind}://" for kind in (*HTTP, *PACKAGES))
             raise UserError(f"data.path: {scheme}:// is not known, expected a folder, {kinds} or pipe:")
@@ -108,11 +115,14 @@ class Store:
         """A small file, not cached. Missing at once where it is not there; DataError when it cannot be had."""
         if self.local_root is not None:
             try:
-                return (self.local_root / file).read_bytes()
+                content = (self.local_root / file).read_bytes()
             except FileNotFoundError:
                 raise Missing(f"{self.describe(file)} is missing") from None
             except OSError as error:
                 raise DataError(f"{self.describe(file)}: {error.strerror}, expected a readable file") from None
+            if len(content) > most:
+                raise DataError(f"{self.describe(file)}: found {len(content)} bytes, expected at most {most}")
+            return content
 
         def attempt() -> bytes:
             content = bytearray()
@@ -122,8 +132,7 @@ class Store:
                     raise ValueError(f"more than {most} bytes")
             return bytes(content)
 
-        content: bytes = self._tried(file, attempt)
-        return content
+        return self._tried(file, attempt)
 
     def local(self, file: str, size: int, sha256: str) -> Path:
         """A path that holds these bytes: of a local set the file itself, unverified; else from the cache, fetched and
@@ -131,12 +140,11 @@ class Store:
         if self.local_root is not None:
             return self.local_root / file
         path = self._cached(sha256)
-        if _verified(path, size, sha256):
+        if _known_good(path, size):
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(path.with_suffix(".lock"), self.describe(file)):
-            if not _verified(path, size, sha256):  # Another process may have fetched it meanwhile.
-                self._make_room(size)
+        # Reading and removing a damaged one is under the lock, too: it may have been fetched again since it was read.
+        with _disk_named(self._cache()), _one_at_a_time(path.with_suffix(".lock"), self.describe(file)):
+            if not (_known_good(path, size) or _verified(path, size, sha256)):
                 self._tried(file, lambda: self._fetch(file, size, sha256, path))
         return path
 
@@ -178,15 +186,17 @@ class Store:
         """UserError where the cache is too small for so many shards of `largest` bytes that are read at once."""
         least = shards * largest / 1e9
         if self.local_root is None and self._access.cache_gb < least:
+            # A little more, so that three digits, rounded, are still enough.
             raise UserError(
                 f"data.cache_gb: {self._access.cache_gb:g} GB do not hold the {shards} shards of "
-                f"{largest / 1e9:.3g} GB that are read at once; expected at least {least:.3g}, or fewer data.slots"
+                f"{largest / 1e9:.3g} GB that are read at once; expected at least "
+                f"{least * 1.006:.3g}, or fewer data.slots"
             )
 
     # Fetching
 
-    def _tried(self, file: str, attempt: Any) -> Any:
-        """The result of `attempt`, with retries after pauses that grow."""
+    def _tried(self, file: str, attempt: Callable[[], T]) -> T:
+        """The result of `attempt`, with retries after pauses that grow. What no retry mends is raised at once."""
         name, access, problem = self.describe(file), self._access, ""
         for number in range(access.retries + 1):
             if number:
@@ -194,28 +204,23 @@ class Store:
                 time.sleep(pause * (0.5 + random.random() / 2))  # Not all processes at the same moment.
             try:
                 return attempt()
-            except FileNotFoundError:
-                raise Missing(f"{name} is missing there") from None
-            except (Refused, PermissionError):
-                place = CREDENTIALS[self._scheme]
-                raise DataError(f"{name}: access was refused; credentials are taken from {place}") from None
             except (UserError, DataError, MemoryError):
                 raise
             except Exception as error:  # of sockets, TLS, HTTP and each kind of store
+                if isinstance(error, OSError) and error.errno in REFUSALS:
+                    raise  # of the cache: `_pieces` tells those of the server apart
                 problem = reason_of(error)
-                if number % 3 == 0:
-                    print(f"{name}: {problem}; trying again", file=sys.stderr, flush=True)
+                if number % 3 == 0 and number < access.retries:
+                    _say(f"{name}: {problem}; trying again")
         tries = f"{access.retries + 1} attempts" if access.retries else "one attempt"
         raise DataError(f"{name} cannot be fetched: {problem} ({tries}); is the server there, and the set whole?")
 
     def _fetch(self, file: str, size: int, sha256: str, path: Path) -> None:
         """Into a file of this process, verified, then renamed."""
-        folder = self._cache() / "tmp"
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{sha256[:16]}.{os.getpid()}.{threading.get_ident()}"
+        partial = self._make_room(size, sha256)
         digest, length = hashlib.sha256(), 0
         try:
-            with _disk_named(self._cache()), partial.open("wb") as out:
+            with partial.open("r+b") as out:
                 for piece in self._pieces(file):
                     digest.update(piece)
                     length += len(piece)
@@ -234,13 +239,22 @@ class Store:
             partial.unlink(missing_ok=True)
 
     def _pieces(self, file: str) -> Iterator[bytes]:
-        """The bytes of a file as they arrive."""
-        if self._scheme == "pipe":
-            yield from _from_command(self.where.removeprefix("pipe:").replace("{}", shlex.quote(file)))
-            return
-        with self._opened(file) as stream:
-            while piece := stream.read(PIECE):
-                yield piece
+        """The bytes of a file as they arrive. Missing, and a DataError where the server wants other credentials."""
+        name = self.describe(file)
+        try:
+            if self._scheme == "pipe":
+                yield from _from_command(self._command.replace("{}", shlex.quote(file)), self._access.timeout_seconds)
+                return
+            with self._opened(file) as stream:
+                while piece := stream.read(PIECE):
+                    yield piece
+        except FileNotFoundError:
+            raise Missing(f"{name} is missing there") from None
+        except Exception as error:  # of each kind of store
+            if not _is_refusal(error):
+                raise
+            place = CREDENTIALS[self._scheme]
+            raise DataError(f"{name}: access was refused; credentials are taken from {place}") from None
 
     def _opened(self, file: str) -> Any:
         if self._scheme in HTTP:
@@ -256,55 +270,108 @@ class Store:
     def _cached(self, sha256: str) -> Path:
         return self._cache() / "shards" / sha256[:2] / sha256
 
-    def _make_room(self, size: int) -> None:
-        """Remove what was least recently used until `size` more bytes fit."""
+    def _make_room(self, size: int, sha256: str) -> Path:
+        """A file of this process for `size` bytes, after the least recently used were removed until it fits. It has
+        its whole length at once, so that others which make room count it."""
         cache, limit = self._cache(), self._access.cache_gb * 1e9
-        with _one_at_a_time(cache / "evict.lock", "the cache"):
-            for leftover in (cache / "tmp").glob("*.*.*") if (cache / "tmp").is_dir() else ():
-                with contextlib.suppress(OSError):
-                    if time.time() - leftover.stat().st_mtime > 3600:  # of a process that was killed
-                        leftover.unlink()
+        if size > limit:
+            raise UserError(
+                f"data.cache_gb: {self._access.cache_gb:g} GB do not hold a shard of {size / 1e9:.3g} GB; raise it"
+            )
+        partial = cache / "tmp" / f"{sha256[:16]}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.partial"
+        with _one_at_a_time(cache / "evict.lock", "shards into the same cache"):
+            partial.parent.mkdir(exist_ok=True)
+            total = _living_partials(partial.parent)
             held = []
-            for mark in (cache / "shards").glob("*/*.ok"):
-                with contextlib.suppress(OSError):
-                    path = mark.with_suffix("")
-                    held.append((mark.stat().st_mtime, path.stat().st_size, path))
-            total = sum(length for _, length, _ in held)
-            now = time.time()
-            # Those just used last of all: another process may be about to open them.
-            for _, length, path in sorted(held, key=lambda item: (now - item[0] < FRESH_SECONDS, item[0])):
+            for path in (cache / "shards").glob("*/" + "[0-9a-f]" * 64):
+                with contextlib.suppress(FileNotFoundError):
+                    status = path.stat()
+                    held.append((_last_use(path), status.st_size, path))
+                    total += status.st_size
+            # In this order those just used, which another process may be about to open, go when nothing else is left.
+            for used, length, path in sorted(held):
                 if total + size <= limit:
                     break
-                path.unlink(missing_ok=True)
-                path.with_suffix(".ok").unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    if _last_use(path) != used:
+                        continue  # used while this looked
+                    path.with_suffix(".ok").unlink(missing_ok=True)  # First, so that `_known_good` fails from here on.
+                    path.unlink()
                 total -= length
+            partial.touch()
+            os.truncate(partial, size)
+        return partial
+
+
+def _living_partials(folder: Path) -> int:
+    """Bytes of the files that are being fetched; those of processes that are gone are removed."""
+    total = 0
+    for partial in folder.glob("*.*.*.*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            status, (*host, pid, _, _) = partial.stat(), partial.name.split(".")[1:]
+            gone = ".".join(host) == socket.gethostname() and not _runs(int(pid))
+            if gone or time.time() - status.st_mtime > 3600:
+                partial.unlink()
+            else:
+                total += status.st_size
+    return total
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
+
+
+def _last_use(path: Path) -> float:
+    """When a cached file was last handed out, as time.time() has it: the age of its mark, else its own."""
+    with contextlib.suppress(FileNotFoundError):
+        return path.with_suffix(".ok").stat().st_mtime
+    return path.stat().st_mtime
+
+
+def _known_good(path: Path, size: int) -> bool:
+    """Whether a cached file is as it was when its bytes were last verified. Says that it is used."""
+    mark = path.with_suffix(".ok")
+    try:
+        known, status = json.loads(mark.read_bytes()), path.stat()
+        if status.st_size != size or known != [size, status.st_mtime_ns]:
+            return False
+        with contextlib.suppress(PermissionError):  # A cache that others fill can still be read.
+            os.utime(mark)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _verified(path: Path, size: int, sha256: str) -> bool:
-    """Whether a cached file holds what it should. Its bytes are read if it changed since they last were."""
+    """Whether a cached file holds what it should, by its bytes. A damaged one is removed."""
     try:
-        status = path.stat()
-        known = json.loads(path.with_suffix(".ok").read_text()) if path.with_suffix(".ok").exists() else None
+        with path.open("rb") as file:
+            good = os.fstat(file.fileno()).st_size == size and hashlib.file_digest(file, "sha256").hexdigest() == sha256
     except FileNotFoundError:
         return False
-    except (OSError, ValueError):
-        known = None
-    if status.st_size == size and known == [status.st_size, status.st_mtime_ns]:
-        with contextlib.suppress(OSError):
-            os.utime(path.with_suffix(".ok"))  # When it was last used.
-        return True
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        if status.st_size == size and hashlib.file_digest(file, "sha256").hexdigest() == sha256:
+    except OSError as error:
+        if error.errno in REFUSALS:
+            raise
+        good = False  # EIO: a disk that loses it
+    if good:
+        with contextlib.suppress(PermissionError):
             _note_verified(path)
-            return True
-    print(f"{path}: damaged in the cache; fetching it again", file=sys.stderr, flush=True)
+        return True
+    _say(f"{path}: damaged in the cache; fetching it again")
+    path.with_suffix(".ok").unlink(missing_ok=True)
     path.unlink(missing_ok=True)
     return False
 
 
 def _note_verified(path: Path) -> None:
-    status = path.stat()
-    partial = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
+    """Under the file's lock, which makes the name its own."""
+    status, partial = path.stat(), path.with_suffix(".noting")
     partial.write_text(json.dumps([status.st_size, status.st_mtime_ns]))
     partial.replace(path.with_suffix(".ok"))
 
@@ -315,9 +382,9 @@ def _one_at_a_time(path: Path, what: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path)
     try:
-        lock.acquire(timeout=10)
+        lock.acquire(timeout=WAIT_SECONDS)
     except filelock.Timeout:
-        print(f"waiting for another process that fetches {what}", file=sys.stderr, flush=True)
+        _say(f"waiting for another process that fetches {what}")
         lock.acquire()
     try:
         yield
@@ -327,24 +394,35 @@ def _one_at_a_time(path: Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _disk_named(cache: Path) -> Iterator[None]:
+    """UserError where the cache cannot be written."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (28, 122, 30):  # ENOSPC, EDQUOT, EROFS
+        if error.errno not in REFUSALS:
             raise
-        free = shutil.disk_usage(cache).free / 1e9
+        there = next(folder for folder in (cache, *cache.parents) if folder.exists())
+        free = shutil.disk_usage(there).free / 1e9
         raise UserError(
             f"data.cache: {cache} cannot be written ({error.strerror}, {free:.1f} GB free); make room, lower "
             "data.cache_gb, or name another place with data.cache or HRGAN_CACHE"
         ) from None
 
 
+def _say(line: str) -> None:
+    """On stderr in one write: lines of several processes do not mix, and no thread holds a stream's lock at an exit or
+    a fork."""
+    os.write(2, f"{line}\n".encode())
+
+
 # Ways to a file
 
 
 def _refuse_credentials(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.username or parts.password or parts.query or parts.fragment:
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # whose text quotes the URL for some mistakes
+        raise UserError(f"data.path: no URL: {redacted(url)} ({type(error).__name__})") from None
+    if "@" in parts.netloc or parts.query or parts.fragment:
         what = "a query" if parts.query or parts.fragment else "a user or password"
         place = CREDENTIALS[parts.scheme]
         raise UserError(
@@ -365,7 +443,10 @@ def _check_package(scheme: str) -> None:
 
 def open_http(url: str, timeout: float) -> Response:
     """A response whose every wait for bytes is bounded. FileNotFoundError for what is not there, Refused for other
-    credentials, any error of the network."""
+    credentials, any error of the network.
+
+    By the standard library, not fsspec: the time-out is that of the socket, and there is no event loop in a thread that
+    a fork would lose."""
     request = urllib.request.Request(url, headers={"User-Agent": "hrgan"})
     login = _netrc(urlsplit(url).hostname or "")
     if login is not None:
@@ -417,25 +498,66 @@ def _netrc(host: str) -> str | None:
 @lru_cache(8)
 def _filesystem(scheme: str, timeout: float, process: int) -> Any:
     """fsspec's. process: its threads do not survive a fork, so each has its own."""
+    import aiohttp
     import fsspec
 
     options: dict[str, Any] = {}
     if scheme == "s3":
-        times = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 1}}
+        # "max_attempts" would count further attempts only.
+        times = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"total_max_attempts": 1}}
         options = {"config_kwargs": times}
+    if scheme == "gs":
+        # Without it gcsfs waits for ever. Its own six attempts cannot be turned off.
+        options = {"requests_timeout": aiohttp.ClientTimeout(sock_connect=timeout, sock_read=timeout)}
     system = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
     if scheme == "s3":
         system.retries = 1  # We try again ourselves.
     return system
 
 
-def _from_command(command: str) -> Iterator[bytes]:
-    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+def _from_command(command: str, timeout: float) -> Iterator[bytes]:
+    """What a command prints. Its whole group of processes ends with it."""
+    with (
+        tempfile.TemporaryFile() as told,
+        subprocess.Popen(
+            command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=told, start_new_session=True
+        ) as process,
+    ):
         assert process.stdout is not None
-        while piece := process.stdout.read(PIECE):
-            yield piece
-        if process.wait():
-            raise ConnectionError(f"the command ended with code {process.returncode}")
+        output, length = process.stdout.fileno(), 0
+        arriving = select.poll()  # select() takes no descriptor above 1023.
+        arriving.register(output, select.POLLIN)
+        try:
+            while True:
+                if not arriving.poll(timeout * 1000):
+                    raise TimeoutError
+                piece = os.read(output, PIECE)
+                if not piece:
+                    break
+                length += len(piece)
+                yield piece
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError from None
+        finally:
+            if process.returncode is None:  # Else its number may be another's by now.
+                os.killpg(process.pid, signal.SIGKILL)
+        told.seek(max(0, told.seek(0, os.SEEK_END) - 1000))
+        last = redacted(told.read().decode(errors="replace").strip().rpartition("\n")[2])
+        if code or not length:
+            end = f"the command ended with code {code}" if code else "the command printed nothing"
+            raise ConnectionError(f"{end}{': ' + last if last else ''}")
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a store's error is that it wants other credentials. Each library has its own way to say so."""
+    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "code", None)
+    return (
+        isinstance(error, (Refused, PermissionError))
+        or status in (401, 403)
+        or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError")
+        or (isinstance(error, OSError) and str(error).startswith("Forbidden:"))  # gcsfs
+    )
 
 
 def reason_of(error: Exception) -> str:
@@ -451,8 +573,9 @@ def reason_of(error: Exception) -> str:
 
 def redacted(text: str) -> str:
     """A text without the users, passwords and queries of URLs, and without the values of tokens and signatures."""
-    text = re.sub(r"://[^/\s@]*@", "://", text)
+    text = re.sub(r"://[^/\s]*@", "://", text)
     text = re.sub(r"\?[^\s'\"]+", "?...", text)
+    text = re.sub(r"(?i)\b(basic|bearer)\s+[^\s'\"]+|\bhf_\w{8,}", "...", text)
     return re.sub(r"(?i)(token|signature|secret|password|authorization|key)(['\"]?\s*[:=]\s*)\S+", r"\1\2...", text)
 
 
