@@ -303,6 +303,7 @@ def open_reals(config: Config, engine: Engine, dataset: Dataset, phase: Phase, n
         workers=data.workers,
         prefetch=data.prefetch,
         pin_memory=engine.device.type == "cuda",
+        fleeting=True,  # prepare_step turns them into floats of their own.
     )
 
 

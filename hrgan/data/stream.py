@@ -9,8 +9,8 @@ import atexit
 import mmap
 import signal
 from array import array
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -130,12 +130,12 @@ class _Shared:
     """Memory that workers write their pictures into and the main process reads them from, used over and over: pages of
     fresh memory would cost as much as a tenth of decoding, and a container's /dev/shm is often too small.
 
-    A worker begins item i only when item i - prefetch was taken from the loader, and whoever takes an item copies its
+    A worker begins item i only when item i - prefetch was taken from the loader, and who takes an item is done with its
     pictures before the next: so prefetch + 1 places are enough.
     """
 
     def __init__(self, tier: _Tier, count: int, workers: int, prefetch: int) -> None:
-        """count: pictures of an item, at most."""
+        """count: pictures of a place; workers: those with places of their own, 1 where they fill each together."""
         form = tier.manifest.form
         self._size = *form.size(tier.tier // tier.factor), form.channels
         self._kind = np.dtype(np.uint16 if form.bits == 16 else np.uint8)
@@ -144,7 +144,7 @@ class _Shared:
         self._memory = mmap.mmap(-1, max(1, workers * self._places * self._bytes))  # Shared with forked processes.
 
     def place(self, worker: int, number: int, count: int) -> Pixels:
-        """(count, h, w, C) of a worker's item."""
+        """(count, h, w, C), the place of a worker's item or of a batch."""
         start = (worker * self._places + number % self._places) * self._bytes
         length = count * int(np.prod(self._size))
         flat: Pixels = np.frombuffer(self._memory, self._kind, length, start)
@@ -154,9 +154,10 @@ class _Shared:
 class _Part:
     """One worker's part of a batch, filled sample by sample."""
 
-    def __init__(self, tier: _Tier, count: int, place: Pixels | None) -> None:
-        """place: (count, h, w, C) to put the pictures into; None: anywhere."""
+    def __init__(self, tier: _Tier, count: int, place: Pixels | None, rows: Sequence[int] | None = None) -> None:
+        """place: (n, h, w, C) to put the pictures into, in its `rows` (None: from the first on); None: anywhere."""
         self._factor, self._place = tier.factor, place
+        self._rows: Sequence[int] = range(count) if rows is None else rows
         form = tier.manifest.form
         # Each picture is copied here while it is in the processor's cache: stacking them at the end is slower.
         kind = np.uint16 if form.bits == 16 else np.uint8
@@ -169,7 +170,8 @@ class _Part:
 
     def add(self, shown: "_Shown") -> None:
         i, self._filled = self._filled, self._filled + 1
-        self._pixels[i], self._labels[i], self._samples[i] = shown.pixels, shown.label, shown.number
+        row = self._rows[i] if self._factor == 1 else i
+        self._pixels[row], self._labels[i], self._samples[i] = shown.pixels, shown.label, shown.number
         if shown.bad:
             self._bad.append(shown.bad)
 
@@ -181,7 +183,7 @@ class _Part:
         if self._factor > 1:
             pixels = box_mean(pixels, self._factor)
             if self._place is not None:
-                self._place[: self._filled] = pixels
+                self._place[self._rows[: self._filled]] = pixels
         labels, samples = self._labels[: self._filled], self._samples[: self._filled]
         return _Item(pixels if self._place is None else None, labels, samples, tuple(self._bad))
 
@@ -303,8 +305,9 @@ class _Training(IterableDataset[_Item | DataError]):
         for number in count():
             start = number * share.chunks
             mine = range(start + (worker - start) % workers, start + share.chunks, workers)
-            place = self._shared.place(worker, number, len(mine) * CHUNK) if self._shared else None
-            part = _Part(self._tiers[0], len(mine) * CHUNK, place)
+            place = self._shared.place(0, number, share.chunks * CHUNK) if self._shared else None
+            rows = [(j - start) * CHUNK + i for j in mine for i in range(CHUNK)]
+            part = _Part(self._tiers[0], len(rows), place, rows if place is not None else None)
             for j in mine:
                 member, g = self._mix.deal(share.first + j * share.world)
                 order = self._orders[member]
@@ -479,6 +482,7 @@ def batches(
     workers: int,
     prefetch: int = 4,
     pin_memory: bool = False,
+    fleeting: bool = False,
 ) -> Iterator[Batch]:
     """This rank's share of each global batch from `nimg` on, without end.
 
@@ -486,7 +490,7 @@ def batches(
     order. batch: samples over all ranks, a multiple of 4 * world; each Batch has batch / world. nimg: a multiple of 4.
     workers: processes reading and decoding (0: this one); with workers * world a divisor of slots none reads another's
     slots (of one set). prefetch: batches that each worker prepares ahead. pin_memory: the pictures in page-locked
-    memory.
+    memory. fleeting: the pictures are gone when the next batch is taken, which saves copying them.
 
     Raises UserError for wrong arguments, DataError for shards that are not as the manifest says, at once or when
     reached.
@@ -498,35 +502,26 @@ def batches(
         tier.store.check_room(order.num_slots + 2, max(shard.bytes for shard in tier.manifest.tiers[tier.tier]))
     first = nimg // CHUNK
     share = _Share(first + (rank - first) % world, world, batch // CHUNK // world)
-    most = -(-share.chunks // max(1, workers)) * CHUNK
-    shared = _Shared(tiers[0], most, workers, prefetch) if workers else None
-    items = _items(_Training(tiers, orders, dataset.mix(seed), share, shared), workers, prefetch, shared)
-    return _interleaved(items, share.chunks, workers, pin_memory)
+    shared = _Shared(tiers[0], share.chunks * CHUNK, 1, prefetch) if workers else None
+    items = _items(_Training(tiers, orders, dataset.mix(seed), share, shared), workers, prefetch, None)
+    read = _interleaved(items, share.chunks, workers, shared) if shared else _ordered(items)
+    if pin_memory:
+        return (replace(batch, images=batch.images.pin_memory()) for batch in read)
+    return read if fleeting or not shared else (replace(batch, images=batch.images.clone()) for batch in read)
 
 
-def _interleaved(items: Iterator[_Item], chunks: int, workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """Each batch's items, one a worker, with their chunks put back into order."""
-    start = 0
-    while True:
-        parts = [next(items) for _ in range(max(1, workers))]
-        images, labels, samples = _tensors(parts[0])
-        if workers or pin_memory:
-            images = torch.empty(chunks * CHUNK, *images.shape[1:], dtype=images.dtype, pin_memory=pin_memory)
-            labels, samples = torch.empty(2, chunks * CHUNK, dtype=torch.int64)
-            for worker, part in enumerate(parts):
-                offset = (worker - start) % max(1, workers)
-                for whole, piece in zip((images, labels, samples), _tensors(part), strict=True):
-                    target = whole.view(chunks, CHUNK, *whole.shape[1:])[offset :: max(1, workers)]
-                    target.copy_(piece.view(target.shape))
+def _interleaved(items: Iterator[_Item], chunks: int, workers: int, shared: _Shared) -> Iterator[Batch]:
+    """Batches whose pictures the workers put side by side into a place of `shared`, each its chunks."""
+    for number in count():
+        parts = [next(items) for _ in range(workers)]
+        labels, samples = np.empty((2, chunks, CHUNK), np.int64)
+        for worker, part in enumerate(parts):
+            offset = (worker - number * chunks) % workers
+            labels[offset::workers] = part.labels.reshape(-1, CHUNK)
+            samples[offset::workers] = part.samples.reshape(-1, CHUNK)
+        images = torch.from_numpy(shared.place(0, number, chunks * CHUNK)).permute(0, 3, 1, 2)
         bad = tuple(line for part in parts for line in part.bad)
-        yield Batch(images.permute(0, 3, 1, 2), labels, samples, bad)
-        start += chunks
-
-
-def _tensors(item: _Item) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pictures (n, h, w, C), labels and samples of an item, not copied."""
-    assert item.images is not None
-    return torch.from_numpy(item.images), torch.from_numpy(item.labels), torch.from_numpy(item.samples)
+        yield Batch(images, torch.from_numpy(labels.ravel()), torch.from_numpy(samples.ravel()), bad)
 
 
 def read_range(
@@ -540,10 +535,12 @@ def read_range(
     tiers = _open_tiers(dataset, resolution)
     shared = _Shared(tiers[0], batch, workers, prefetch=2) if workers else None
     reader = _Range(tiers, dataset.mix(0), start, stop, batch, shared)
-    return _ordered(_items(reader, workers, 2, shared), copied=bool(workers))
+    read = _ordered(_items(reader, workers, 2, shared))
+    return (replace(batch, images=batch.images.clone()) for batch in read) if workers else read
 
 
-def _ordered(items: Iterator[_Item], copied: bool) -> Iterator[Batch]:
+def _ordered(items: Iterator[_Item]) -> Iterator[Batch]:
     for item in items:
-        images, labels, samples = _tensors(item)
-        yield Batch((images.clone() if copied else images).permute(0, 3, 1, 2), labels, samples, item.bad)
+        assert item.images is not None
+        images, labels, samples = map(torch.from_numpy, (item.images, item.labels, item.samples))
+        yield Batch(images.permute(0, 3, 1, 2), labels, samples, item.bad)
