@@ -12,7 +12,7 @@ from hrgan.data import manifest as manifests
 from hrgan.data.build import build
 from hrgan.data.dataset import Dataset, open_set
 from hrgan.data.manifest import Manifest
-from hrgan.data.order import Order
+from hrgan.data.order import Mix, Order
 from hrgan.data.stream import batches
 from hrgan.errors import DataError, UserError
 
@@ -160,3 +160,20 @@ def test_wrong_shares_are_named(stored: tuple[Path, Manifest]) -> None:
         read(stored, 6, 20, 0, 1, 0, 1)
     with pytest.raises(UserError, match="rank is 2, expected 0 to 1"):
         read(stored, 0, 16, 2, 2, 0, 1)
+
+
+def test_a_mix_deals_each_set_s_chunks_in_turn_and_in_its_share() -> None:
+    mix = Mix((5.0, 3.0, 2.0), 4)
+    assert mix.shares == (512, 307, 205)
+    dealt = [mix.deal(g) for g in range(3 * 1024 + 100)]
+    for member, share in enumerate(mix.shares):
+        mine = [chunk for found, chunk in dealt if found == member]
+        assert mine == list(range(len(mine)))
+        assert [sum(found == member for found, _ in dealt[i : i + 1024]) for i in (0, 1024, 2048)] == [share] * 3
+    assert mix.deal(2500) == Mix((5.0, 3.0, 2.0), 4).deal(2500)
+    assert [found for found, _ in dealt[:100]] != [found for found, _ in dealt[1024:1124]]
+    for available in ((600, 400, 300), (10, 400, 300), (5120, 3070, 2050), (1, 1, 1)):
+        total = mix.chunks(available)
+        counts = Counter(mix.deal(g)[0] for g in range(total))
+        assert all(counts[member] <= limit for member, limit in enumerate(available))
+        assert counts[mix.deal(total)[0]] == available[mix.deal(total)[0]]  # The next would be one too many.

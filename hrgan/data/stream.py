@@ -11,7 +11,7 @@ import signal
 from array import array
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import chain, count, islice
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -126,6 +126,10 @@ class _Tier:
         return decode(sample.image, self.manifest.form, self.tier), self.classes.get(name, 0)
 
 
+TOGETHER = 2**24
+"""Bytes of pictures that a worker hands over at once, if a batch has fewer: each time costs as much as decoding one."""
+
+
 class _Shared:
     """Memory that workers write their pictures into and the main process reads them from, used over and over: pages of
     fresh memory would cost as much as a tenth of decoding, and a container's /dev/shm is often too small.
@@ -134,13 +138,14 @@ class _Shared:
     pictures before the next: so prefetch + 1 places are enough.
     """
 
-    def __init__(self, tier: _Tier, count: int, workers: int, prefetch: int) -> None:
-        """count: pictures of a place; workers: those with places of their own, 1 where they fill each together."""
+    def __init__(self, tier: _Tier, count: int, workers: int, prefetch: int, together: int = 1) -> None:
+        """count: pictures of a place; workers: those with places of their own, 1 where they fill each together;
+        together: places that are handed over at once."""
         form = tier.manifest.form
         self._size = *form.size(tier.tier // tier.factor), form.channels
         self._kind = np.dtype(np.uint16 if form.bits == 16 else np.uint8)
         self._bytes = count * int(np.prod(self._size)) * self._kind.itemsize
-        self._places = prefetch + 1
+        self._places = (prefetch + 1) * together
         self._memory = mmap.mmap(-1, max(1, workers * self._places * self._bytes))  # Shared with forked processes.
 
     def place(self, worker: int, number: int, count: int) -> Pixels:
@@ -283,19 +288,29 @@ class _Share:
     chunks: int
 
 
-class _Training(IterableDataset[_Item | DataError]):
+class _Training(IterableDataset[list[_Item] | DataError]):
     """Worker k of K yields, batch after batch, the rank's chunks j with j % K == k."""
 
     def __init__(
-        self, tiers: tuple[_Tier, ...], orders: tuple[Order, ...], mix: Mix, share: _Share, shared: _Shared | None
+        self,
+        tiers: tuple[_Tier, ...],
+        orders: tuple[Order, ...],
+        mix: Mix,
+        share: _Share,
+        shared: _Shared | None,
+        together: int,
     ) -> None:
+        """together: batches that are handed over at once."""
         self._tiers, self._orders, self._mix, self._share, self._shared = tiers, orders, mix, share, shared
+        self._together = together
 
-    def __iter__(self) -> Iterator[_Item | DataError]:
+    def __iter__(self) -> Iterator[list[_Item] | DataError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         try:
-            yield from self._items(worker, workers)
+            items = self._items(worker, workers)
+            while True:
+                yield list(islice(items, self._together))
         except DataError as error:
             yield error  # as a value: an exception would reach the main process as text with a traceback
 
@@ -319,7 +334,7 @@ class _Training(IterableDataset[_Item | DataError]):
             yield part.item()
 
 
-class _Range(IterableDataset[_Item | DataError]):
+class _Range(IterableDataset[list[_Item] | DataError]):
     """Worker k of K yields batches i with i % K == k of the stretches of samples in stored order: (set, start, stop),
     with `batch` of them at most from each."""
 
@@ -329,7 +344,7 @@ class _Range(IterableDataset[_Item | DataError]):
         self._tiers, self._mix, self._start, self._stop, self._batch = tiers, mix, start, stop, batch
         self._shared = shared
 
-    def __iter__(self) -> Iterator[_Item | DataError]:
+    def __iter__(self) -> Iterator[list[_Item] | DataError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         cursors = [_Cursor(tier) for tier in self._tiers]
@@ -338,7 +353,7 @@ class _Range(IterableDataset[_Item | DataError]):
             for number, at in enumerate(starts):
                 stop = min(at + self._batch, self._stop)
                 place = self._shared.place(worker, number, stop - at) if self._shared else None
-                yield self._item(cursors, at, stop, place)
+                yield [self._item(cursors, at, stop, place)]
         except DataError as error:
             yield error
 
@@ -406,7 +421,7 @@ def _ignore_stop_signals(worker: int) -> None:
     signal.set_wakeup_fd(-1)  # The training's own, inherited.
 
 
-_reading: WeakSet[Generator[_Item, None, None]] = WeakSet()
+_reading: WeakSet[Generator[list[_Item], None, None]] = WeakSet()
 
 
 @atexit.register
@@ -417,18 +432,18 @@ def _end_workers() -> None:
 
 
 def _items(
-    dataset: IterableDataset[_Item | DataError], workers: int, prefetch: int, shared: _Shared | None
-) -> Generator[_Item, None, None]:
-    """The dataset's items, worker after worker in turn; a worker's DataError is raised here. The pictures of one from
-    shared memory are there until the same worker's next item is taken."""
+    dataset: IterableDataset[list[_Item] | DataError], workers: int, prefetch: int, shared: _Shared | None
+) -> Generator[list[_Item], None, None]:
+    """What the dataset hands over, worker after worker in turn; a worker's DataError is raised here. The pictures of
+    one from shared memory are there until the same worker's next item is taken."""
     items = _read_items(dataset, workers, prefetch, shared)
     _reading.add(items)
     return items
 
 
 def _read_items(
-    dataset: IterableDataset[_Item | DataError], workers: int, prefetch: int, shared: _Shared | None
-) -> Generator[_Item, None, None]:
+    dataset: IterableDataset[list[_Item] | DataError], workers: int, prefetch: int, shared: _Shared | None
+) -> Generator[list[_Item], None, None]:
     if workers:
         loader = DataLoader(
             dataset,
@@ -439,17 +454,18 @@ def _read_items(
             collate_fn=_as_is,
             worker_init_fn=_ignore_stop_signals,
         )
-        source: Iterator[_Item | DataError] = iter(loader)
+        source: Iterator[list[_Item] | DataError] = iter(loader)
     else:
         source = iter(dataset)
     try:
-        for taken, item in enumerate(source):
-            if isinstance(item, DataError):
-                raise item
+        for taken, group in enumerate(source):
+            if isinstance(group, DataError):
+                raise group
             if shared is not None:
                 # A worker that is done earlier than others leaves the turns to them; only the last item can be short.
-                item = item._replace(images=shared.place(taken % workers, taken // workers, len(item.labels)))
-            yield item
+                place = shared.place(taken % workers, taken // workers, len(group[0].labels))
+                group = [group[0]._replace(images=place)]
+            yield group
     finally:
         # Ends the workers now. A traceback may keep this frame, and of a DataLoader left to the cycle collector the
         # queues go first, so that it waits 5 s for each worker.
@@ -502,18 +518,27 @@ def batches(
         tier.store.check_room(order.num_slots + 2, max(shard.bytes for shard in tier.manifest.tiers[tier.tier]))
     first = nimg // CHUNK
     share = _Share(first + (rank - first) % world, world, batch // CHUNK // world)
-    shared = _Shared(tiers[0], share.chunks * CHUNK, 1, prefetch) if workers else None
-    items = _items(_Training(tiers, orders, dataset.mix(seed), share, shared), workers, prefetch, None)
+    shared, together = None, 1
+    if workers:
+        height, width = dataset.form.size(resolution)
+        images = share.chunks * CHUNK
+        together = max(1, TOGETHER // (images * height * width * dataset.form.channels * dataset.form.bits // 8))
+        together = min(together, 8)
+        shared = _Shared(tiers[0], images, 1, prefetch, together)
+    items = _items(_Training(tiers, orders, dataset.mix(seed), share, shared, together), workers, prefetch, None)
     read = _interleaved(items, share.chunks, workers, shared) if shared else _ordered(items)
     if pin_memory:
         return (replace(batch, images=batch.images.pin_memory()) for batch in read)
     return read if fleeting or not shared else (replace(batch, images=batch.images.clone()) for batch in read)
 
 
-def _interleaved(items: Iterator[_Item], chunks: int, workers: int, shared: _Shared) -> Iterator[Batch]:
+def _interleaved(items: Iterator[list[_Item]], chunks: int, workers: int, shared: _Shared) -> Iterator[Batch]:
     """Batches whose pictures the workers put side by side into a place of `shared`, each its chunks."""
+    groups: list[list[_Item]] = []
     for number in count():
-        parts = [next(items) for _ in range(workers)]
+        if not groups or not groups[0]:
+            groups = [next(items) for _ in range(workers)]
+        parts = [group.pop(0) for group in groups]
         labels, samples = np.empty((2, chunks, CHUNK), np.int64)
         for worker, part in enumerate(parts):
             offset = (worker - number * chunks) % workers
@@ -539,8 +564,8 @@ def read_range(
     return (replace(batch, images=batch.images.clone()) for batch in read) if workers else read
 
 
-def _ordered(items: Iterator[_Item]) -> Iterator[Batch]:
-    for item in items:
+def _ordered(items: Iterator[list[_Item]]) -> Iterator[Batch]:
+    for item in chain.from_iterable(items):
         assert item.images is not None
         images, labels, samples = map(torch.from_numpy, (item.images, item.labels, item.samples))
         yield Batch(images.permute(0, 3, 1, 2), labels, samples, item.bad)
