@@ -188,6 +188,32 @@ def data_build_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--crop", type=str, default=None, help="X,Y,W,H: names of the columns with the part of each picture to take"
     )
+    form_arguments(parser)
+    parser.add_argument(
+        "--near",
+        type=int,
+        default=None,
+        help="leave out pictures that look like an earlier one: their perceptual hashes differ in at most so many of "
+        "64 bits (4 is careful)",
+    )
+    parser.add_argument(
+        "--max-skipped",
+        type=float,
+        default=0.01,
+        help="largest share of images that may be skipped",
+    )
+    parser.add_argument("--report", action="store_true", help="also make OUT/report.html (hrgan data report OUT)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--seed", type=int, default=0, help="decides the stored order")
+    parser.add_argument("--shard-samples", type=int, default=None, help="images in a shard (default: by resolution)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a set that is there")
+    parser.add_argument(
+        "--part", type=str, default=None, help="I/N: make only part I of N, for `hrgan data merge OUT` to join"
+    )
+
+
+def form_arguments(parser: Parser) -> None:
+    """How pictures are made and stored."""
     parser.add_argument(
         "--format",
         type=str,
@@ -225,27 +251,6 @@ def data_build_arguments(parser: Parser) -> None:
         "of 8 bits the default), LOW,HIGH, or percentiles LOW%%,HIGH%% of each picture",
     )
     parser.add_argument("--min-size", type=int, default=0, help="skip images whose shorter side is less, in pixels")
-    parser.add_argument(
-        "--near",
-        type=int,
-        default=None,
-        help="leave out pictures that look like an earlier one: their perceptual hashes differ in at most so many of "
-        "64 bits (4 is careful)",
-    )
-    parser.add_argument(
-        "--max-skipped",
-        type=float,
-        default=0.01,
-        help="largest share of images that may be skipped",
-    )
-    parser.add_argument("--report", action="store_true", help="also make OUT/report.html (hrgan data report OUT)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--seed", type=int, default=0, help="decides the stored order")
-    parser.add_argument("--shard-samples", type=int, default=None, help="images in a shard (default: by resolution)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a set that is there")
-    parser.add_argument(
-        "--part", type=str, default=None, help="I/N: make only part I of N, for `hrgan data merge OUT` to join"
-    )
 
 
 def data_merge_arguments(parser: Parser) -> None:

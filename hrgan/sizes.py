@@ -31,10 +31,10 @@ def target(text: str) -> tuple[tuple[int, int], int]:
     height, width = int(parts[0]), int(parts[-1])
     found = _grid(height, width)
     if found is None:
-        raise UserError(
-            f"resolution is {text}, expected a grid of {SHORTEST} to {LONGEST} pixels a side that is doubled at "
-            f"least twice, such as 256 or 512x768; nearest: {' or '.join(_nearest(height, width))}"
-        )
+        kind = f"a grid of {SHORTEST} to {LONGEST} pixels a side that is doubled at least twice, such as 4x6 to 512x768"
+        if height == width:
+            kind = "a power of two of 16 or more, or a height x width such as 512x768"
+        raise UserError(f"resolution is {text}, expected {kind}; nearest: {' or '.join(_nearest(height, width))}")
     return found
 
 

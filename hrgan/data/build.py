@@ -120,13 +120,7 @@ def build(
         None if drawn is not None else source, image_format, quality, bits, fit, image_filter, alpha, max_skipped
     )
     problems += _kind_problems(channels, bits, image_format, alpha)
-    for word, value in (("workers", workers), ("seed", seed), ("min_size", min_size), ("near", near or 0)):
-        if value < 0:
-            problems.append(f"{word} is {value}, expected 0 or more")
-    if (near or 0) > 16:
-        problems.append(f"near is {near}, expected at most 16 of 64 bits")
-    if shard_samples is not None and shard_samples < 1:
-        problems.append(f"shard_samples is {shard_samples}, expected 1 or more")
+    problems += _number_problems(workers, seed, min_size, near or 0, shard_samples)
     if crop and len(crop) != 4:
         problems.append(f"crop is {','.join(crop)}, expected the names of four columns such as x,y,w,h")
     name = name if name is not None else _plain_name("drawn" if drawn is not None else _stem(source))
@@ -508,6 +502,18 @@ def _argument_problems(
         found.append(f"quality is {quality}, expected 1 to 100")
     if not 0 <= max_skipped <= 1:
         found.append(f"max_skipped is {max_skipped}, expected a share from 0 to 1")
+    return found
+
+
+def _number_problems(workers: int, seed: int, min_size: int, near: int, shard_samples: int | None) -> list[str]:
+    found = []
+    for name, value in (("workers", workers), ("seed", seed), ("min_size", min_size), ("near", near)):
+        if value < 0:
+            found.append(f"{name} is {value}, expected 0 or more")
+    if near > 16:
+        found.append(f"near is {near}, expected at most 16 of 64 bits")
+    if shard_samples is not None and shard_samples < 1:
+        found.append(f"shard_samples is {shard_samples}, expected 1 or more")
     return found
 
 
