@@ -107,6 +107,28 @@ def test_a_stylegan_zip_keeps_its_labels(tmp_path: Path) -> None:
         made(source, tmp_path / "none", labels="label")
 
 
+@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2])
+def test_zips_are_read_at_the_members_places(kind: int, tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "set.zip", {f"{i}.png": png(i) for i in range(6)}, kind)
+    path.write_bytes(b"something before it" + path.read_bytes())  # as self-extracting archives have
+    if kind == zipfile.ZIP_BZIP2:
+        with pytest.raises(DataError, match=r"6 of 6 images cannot be used"):
+            made(path, tmp_path / "out")
+        assert "compression 12; pack the archive again" in skipped(tmp_path / "out")[0][2]
+        return
+    assert made(path, tmp_path / "out").num_samples == 6
+    for origin, (picture, _, _) in stored(tmp_path / "out").items():
+        assert (picture == pixels_of(int(origin[0]))).all()
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo("3.png")
+    data[member.header_offset + 30 + 5 + 200] ^= 4
+    path.write_bytes(data)
+    made(path, tmp_path / "damaged", max_skipped=0.5)
+    ((name, reason, _),) = skipped(tmp_path / "damaged")
+    assert (name, reason) == ("3.png", "unreadable")
+
+
 def test_a_folder_with_dataset_json_and_class_folders(tmp_path: Path) -> None:
     source = tmp_path / "source"
     for i in range(6):

@@ -25,10 +25,11 @@ class Place(NamedTuple):
     """Where the bytes of a picture are.
 
     kind "file": the file `where`. "span": `size` bytes of it from `offset`, the archive's
-    `member`. "zip": its member. "url": at the URL
+    `member`. "zip": its `member`, whose header is at `offset` and whose
+    packed bytes are `size`. "url": at the URL
     `where`. "bulk": in a file that is only read from its start to its end, row `size` of group `offset`; copied into a
     spool file before the pictures are made. "drawn": picture number `offset` of the drawn set.
-    frame: of DICOM, from 0; None for any other image.
+    frame: of DICOM, from 0; None for any other image. packed: of a zip's member its compression, CRC-32 and length.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Place(NamedTuple):
     offset: int = 0
     size: int = 0
     frame: int | None = None
+    packed: tuple[int, int, int] | None = None
 
 
 Crop = tuple[int, int, int, int]

@@ -271,13 +271,14 @@ def list_zip(found: Found, path: Path, prefix: str) -> None:
                 if member.file_size > 16 * JSON_MOST:
                     raise UserError(f"{path}/dataset.json: {member.file_size} bytes, at most {16 * JSON_MOST}")
                 labels = dataset_labels(archive.read(member), f"{path}/dataset.json")
-        for number, member in enumerate(members):
+        for member in members:
             if member.is_dir() or member.filename == "dataset.json":
                 continue
             if member.flag_bits & 1:
                 found.index.drop(prefix + member.filename, "unreadable", "encrypted")
                 continue
-            place = Place("zip", str(path), member.filename, number)
+            packed = member.compress_type, member.CRC, member.file_size
+            place = Place("zip", str(path), member.filename, member.header_offset, member.compress_size, None, packed)
             fields, where = labels.get(member.filename, {}), f"{path}/{member.filename}"
             found.file(prefix + member.filename, place, fields, where, partial(archive.open, member))
 
