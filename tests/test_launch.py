@@ -125,7 +125,7 @@ def test_imports_point_down_only() -> None:
 
     floors = [
         {"errors"},
-        {"config", "watch", "board"},
+        {"config", "watch", "board", "sizes"},
         {"checks", "schedule", "losses", "networks", "noise", "pictures"},
         {"adam"},
         {"zero"},
