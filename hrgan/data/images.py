@@ -356,7 +356,7 @@ def encode(pixels: Pixels, form: Form) -> bytes:
 _FLAGS = {1: cv2.IMREAD_GRAYSCALE, 3: cv2.IMREAD_COLOR_RGB, 4: cv2.IMREAD_UNCHANGED}
 
 
-def decode(data: bytes, form: Form, tier: int) -> Pixels:
+def decode(data: bytes | memoryview, form: Form, tier: int) -> Pixels:
     """Stored bytes to (h, w, C) uint8 or uint16. Raises BadSample when they do not decode to that size and kind.
 
     OpenCV, because it decodes lossless WebP 1.1 to 1.9, PNG 1.1 to 2.7 and JPEG 1.3 to 10 times as fast as Pillow, to

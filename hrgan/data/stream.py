@@ -19,20 +19,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from webdataset.gopen import gopen
 
 from hrgan.config import CHUNK
 from hrgan.data.dataset import Dataset
 from hrgan.data.images import Pixels, box_mean, decode
 from hrgan.data.manifest import Manifest
 from hrgan.data.order import Mix, Order, Place, Segment
-from hrgan.data.shards import BadSample, RawSample, ShardReader, parse_meta
+from hrgan.data.shards import BadSample, Meta, RawSample, ShardReader, parse_meta
 from hrgan.data.store import Store
 from hrgan.errors import DataError, UserError
 from hrgan.watch import STOP_SIGNALS
-
-BUFFER = 2**18
-"""Bytes read from a shard at once: with less, small samples cost more in calls of the system than in decoding."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ class _Tier:
         """A reader that stands before sample `index` of the shard."""
         what, manifest = self.manifest.tiers[self.tier][shard], self.manifest
         path = self.store.local(what.file, what.bytes, what.sha256)
-        stream = gopen(str(path), "rb", bufsize=BUFFER)
+        stream = open(path, "rb", buffering=0)  # noqa: SIM115, the reader closes it
         reader = ShardReader(stream, self.path(shard), self.firsts[shard], what.samples, manifest.extension)
         reader.go_to(index, self.offsets.setdefault(shard, array("q", [0])))
         return reader
@@ -114,16 +110,45 @@ class _Tier:
             what = self.manifest.tiers[self.tier][segment.shard]
             self.store.prefetch(what.file, what.bytes, what.sha256)
 
-    def decode(self, sample: RawSample) -> tuple[Pixels, int]:
-        """Pixels (h, w, C) of the stored tier, and the label. Raises BadSample."""
-        meta = parse_meta(sample, len(self.manifest.classes))
+    def verify(self, sample: RawSample, path: str) -> "_Encoded":
+        """path: of its shard."""
+        number = self.before + int(sample.key)
+        try:
+            return _Encoded(number, sample.image, self._label(parse_meta(sample, len(self.manifest.classes))))
+        except BadSample as error:
+            return _Encoded(number, sample.image, 0, f"{path}: sample {sample.key}: {error}")
+
+    def _label(self, meta: Meta) -> int:
+        if not self.classes:
+            return 0
         if self.label is not None and self.label != self.manifest.label:
             name = meta.attributes.get(self.label, "")
         else:
             name = self.manifest.classes[meta.label] if self.manifest.classes else ""
-        if self.classes and name not in self.classes:
+        if name not in self.classes:
             raise BadSample(f"label is {name!r}, which the manifest does not list")
-        return decode(sample.image, self.manifest.form, self.tier), self.classes.get(name, 0)
+        return self.classes[name]
+
+    def decode(self, sample: "_Encoded") -> Pixels:
+        """(h, w, C), of the stored tier. Raises BadSample with the line about it."""
+        if sample.bad:
+            raise BadSample(sample.bad)
+        try:
+            return decode(sample.image, self.manifest.form, self.tier)
+        except BadSample as error:
+            number = sample.number - self.before
+            shard = int(np.searchsorted(self.firsts, number, side="right")) - 1
+            raise BadSample(f"{self.path(shard)}: sample {number:09d}: {error}") from None
+
+
+class _Encoded(NamedTuple):
+    """One sample as it waits in its window: its number in all sets, the encoded image and the label; bad: why it can
+    not be shown."""
+
+    number: int
+    image: bytes | memoryview
+    label: int
+    bad: str = ""
 
 
 TOGETHER = 2**24
@@ -169,37 +194,29 @@ class _Part:
         direct = place is not None and tier.factor == 1
         fresh: Any = np.empty((0 if direct else count, *form.size(tier.tier), form.channels), kind)
         self._pixels: Pixels = place if place is not None and direct else fresh
-        self._labels, self._samples = np.empty((2, count), np.int64)
+        self._into = iter(self._rows if direct else range(count))
+        self._labels: list[int] = []
+        self._samples: list[int] = []
         self._bad: list[str] = []
-        self._filled = 0
 
-    def add(self, shown: "_Shown") -> None:
-        i, self._filled = self._filled, self._filled + 1
-        row = self._rows[i] if self._factor == 1 else i
-        self._pixels[row], self._labels[i], self._samples[i] = shown.pixels, shown.label, shown.number
-        if shown.bad:
-            self._bad.append(shown.bad)
+    def add(self, pixels: Pixels, label: int, sample: int) -> None:
+        """pixels: (h, w, C)."""
+        self._pixels[next(self._into)] = pixels
+        self._labels.append(label)
+        self._samples.append(sample)
 
-    def leave_out(self, line: str) -> None:
+    def add_bad(self, line: str) -> None:
         self._bad.append(line)
 
     def item(self) -> _Item:
-        pixels = self._pixels[: self._filled]
+        filled = len(self._samples)
+        pixels = self._pixels[:filled]
         if self._factor > 1:
             pixels = box_mean(pixels, self._factor)
             if self._place is not None:
-                self._place[self._rows[: self._filled]] = pixels
-        labels, samples = self._labels[: self._filled], self._samples[: self._filled]
+                self._place[self._rows[:filled]] = pixels
+        labels, samples = np.array([self._labels, self._samples], np.int64)
         return _Item(pixels if self._place is None else None, labels, samples, tuple(self._bad))
-
-
-class _Shown(NamedTuple):
-    """One sample as shown. bad: the line about the sample it stands in for, empty when it is itself."""
-
-    pixels: Pixels  # (h, w, C)
-    label: int
-    number: int
-    bad: str = ""
 
 
 class _Cursor:
@@ -210,14 +227,14 @@ class _Cursor:
         self._shard = -1
         self._reader: ShardReader | None = None
 
-    def read(self, segment: Segment) -> list[RawSample]:
+    def read(self, segment: Segment) -> list[_Encoded]:
         """The samples of a segment. DataError naming the shard for anything that is not as the manifest says."""
         path = self._tier.path(segment.shard)
         try:
             if self._reader is None or (self._shard, self._reader.index) != (segment.shard, segment.first):
                 self.close()
                 self._reader, self._shard = self._tier.open(segment.shard, segment.first), segment.shard
-            samples = [self._reader.read() for _ in range(segment.samples)]
+            samples = [self._tier.verify(self._reader.read(), path) for _ in range(segment.samples)]
             if self._reader.index == self._tier.manifest.shard_samples[segment.shard]:
                 self._reader.finish()
                 self._reader = None
@@ -238,15 +255,15 @@ class _Slot:
         self._tier, self._order = tier, order
         self._cursor = _Cursor(tier)
         self._window = (-1, -1)
-        self._samples: list[RawSample] = []
+        self._samples: list[_Encoded] = []
 
-    def show(self, g: int) -> Iterator[_Shown]:
-        """The 4 samples of chunk g of the set."""
+    def show(self, g: int, part: _Part) -> None:
+        """Add the 4 samples of chunk g of the set to the part."""
         place = self._order.place(g)
         if (place.epoch, place.window) != self._window:
             self._load(place.epoch, place.slot, place.window)
         for i in range(place.chunk * CHUNK, (place.chunk + 1) * CHUNK):
-            yield self._good(i)
+            self._show(i, part)
 
     def _load(self, epoch: int, slot: int, window: int) -> None:
         segments, permutation = self._order.window_of(epoch, slot, window)
@@ -258,25 +275,23 @@ class _Slot:
             following = self._order.following(Place(epoch, slot, window, 0))
             self._tier.prefetch(self._order.window_of(following.epoch, slot, following.window)[0])
 
-    def _good(self, i: int) -> _Shown:
+    def _show(self, i: int, part: _Part) -> None:
         """Sample i of the window, or the next good one, cyclic."""
-        count = len(self._samples)
-        bad = ""
+        count, first = len(self._samples), ""
         for step in range(count):
             sample = self._samples[(i + step) % count]
             try:
-                pixels, label = self._tier.decode(sample)
+                pixels = self._tier.decode(sample)
             except BadSample as error:
                 # Only the sample whose turn it is gets a line; other bad ones passed over have their own turn.
-                bad = bad or f"{self._name(sample)}: {error}; replaced"
+                first = first or f"{error}; replaced"
                 continue
-            return _Shown(pixels, label, self._tier.before + int(sample.key), bad)
+            part.add(pixels, sample.label, sample.number)
+            if first:
+                part.add_bad(first)
+            return
         where = self._tier.store.where
-        raise DataError(f"all {count} samples of a window are bad; {bad}; run: hrgan data check {where}")
-
-    def _name(self, sample: RawSample) -> str:
-        shard = int(np.searchsorted(self._tier.firsts, int(sample.key), side="right")) - 1
-        return f"{self._tier.path(shard)}: sample {sample.key}"
+        raise DataError(f"all {count} samples of a window are bad; {first}; run: hrgan data check {where}")
 
 
 @dataclass(frozen=True)
@@ -329,8 +344,7 @@ class _Training(IterableDataset[list[_Item] | DataError]):
                 key = member, g % order.num_slots
                 if key not in slots:
                     slots[key] = _Slot(self._tiers[member], order)
-                for shown in slots[key].show(g):
-                    part.add(shown)
+                slots[key].show(g, part)
             yield part.item()
 
 
@@ -364,11 +378,9 @@ class _Range(IterableDataset[list[_Item] | DataError]):
             for segment in _segments(tier, first, first + samples):
                 for sample in cursors[member].read(segment):
                     try:
-                        pixels, label = tier.decode(sample)
+                        part.add(tier.decode(sample), sample.label, sample.number)
                     except BadSample as error:
-                        part.leave_out(f"{tier.path(segment.shard)}: sample {sample.key}: {error}; left out")
-                        continue
-                    part.add(_Shown(pixels, label, tier.before + int(sample.key)))
+                        part.add_bad(f"{error}; left out")
         return part.item()
 
     def _stretches(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
