@@ -152,3 +152,13 @@ def lacking(commands: tuple[str, ...], packages: tuple[str, ...]) -> str | None:
         if done.returncode:
             return f"apt-get {words[0]} failed: {done.stderr.strip()[-200:]}"
     return None
+
+
+LONGEST = ("slurm", "engines", "dying", "metrics", "train", "launch", "chaos", "namespaces", "forms", "waiting")
+"""Files of tests by the time they take, from where that is over half a minute."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that none of several processes is left with one at the end."""
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))

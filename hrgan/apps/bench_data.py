@@ -201,7 +201,7 @@ def print_table(rows: list[Row]) -> None:
 def bench_size(samples: int, shards: int, folder: Path | None) -> Row:
     """Write a set of `samples` small pictures (one, repeated) in `shards` shards as a build does, and say what it
     takes: seconds to write, to load the manifest, to begin the order and to find a place in it, to the first batch at
-    the start and in the middle of an epoch; MB of memory of a loader's worker.
+    the start and in the middle of an epoch; MB of memory of a loader's worker and of the process it was forked from.
 
     The manifest is that of a set built up to 1024²: seven tiers, of which only the smallest is on the disk.
     """
@@ -217,7 +217,7 @@ def bench_size(samples: int, shards: int, folder: Path | None) -> Row:
         row |= _order_seconds(member.manifest.shard_samples)
         for name, nimg in (("start_s", 0), ("middle_s", samples // 2 // CHUNK * CHUNK)):
             row[name] = _first_batch(dataset, 16, nimg)
-        row["worker_mb"], row["worker_before_mb"] = _worker_memory(dataset)
+        row["worker_mb"], row["forked_from_mb"] = _worker_memory(dataset)
         return row
 
 
@@ -254,17 +254,19 @@ def _order_seconds(shard_samples: tuple[int, ...]) -> Row:
 
 
 def _worker_memory(dataset: Dataset) -> tuple[float, float]:
-    """MB that a loader's worker holds of its own under way, and what a process of the same imports holds before."""
+    """MB that a loader's worker holds under way, and what the process it was forked from does: pages of that are shared
+    until one of them writes."""
     reader = _loader(dataset, 16, workers=1)
     for _ in range(50):
         next(reader)
     children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-    return max(_private_mb(int(pid)) for pid in children), _private_mb(os.getpid())
+    return max(_anonymous_mb(int(pid)) for pid in children), _anonymous_mb(os.getpid())
 
 
-def _private_mb(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1000
+def _anonymous_mb(pid: int) -> float:
+    """Resident memory that is no file's."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1000
 
 
 def print_size(row: Row) -> None:

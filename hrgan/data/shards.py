@@ -89,7 +89,8 @@ class ShardReader:
         key = b"%09d" % (self._first + self.index)
         image, meta = self._content(key + self._endings[0]), self._content(key + self._endings[1])
         self.index += 1
-        return RawSample(key.decode(), image, bytes(meta))
+        # A small image is copied, or it would keep the headers around it, which are larger, in memory.
+        return RawSample(key.decode(), image if len(image) > 8 * BLOCK else bytes(image), bytes(meta))
 
     def finish(self) -> None:
         """Verify that nothing follows the last sample, and close."""
