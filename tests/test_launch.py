@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from hrgan.run import LOOK_SECONDS
 from tests.conftest import cli
@@ -104,6 +105,38 @@ def test_bench_world_compares_one_process_with_two_and_with_the_limit(
         assert row["ratio"] == pytest.approx(row["many"] / row["one"])
         assert 0 < row["one"] < row["limit"] * 5
     assert cli("bench", "world", "--config", tiny, "--processes", "1000") == 2
+
+
+@pytest.mark.slow
+def test_bench_data_compares_the_loader_with_the_decoder_and_with_peers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(80):
+        Image.new("RGB", (40, 40), (number, 0, 0)).save(pictures / f"{number}.png")
+    assert cli("data", "build", pictures, tmp_path / "set", "--resolution", "32") == 0
+    capsys.readouterr()
+    words = ["bench", "data", tmp_path / "set", "--originals", pictures, "--seconds", "0.03", "--json"]
+    assert cli(*words) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["tier"] for row in rows] == [16, 32]
+    for row in rows:
+        assert min(row[peer] for peer in ("pillow", "webdataset", "imagefolder", "loader1")) > 0
+        assert row["loader2/limit"] < 2, "two workers cannot be faster than decoding alone"
+        assert 0 < row["start"] < 60
+        assert 0 < row["middle"] < 60
+    assert cli(*words[:3], "--originals", tmp_path / "set" / "none") == 4
+    assert "no images found" in capsys.readouterr().err
+
+
+def test_bench_size_writes_a_set_and_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli("bench", "size", "--samples", "64", "--shards", "4", "--folder", tmp_path, "--json") == 0
+    row = json.loads(capsys.readouterr().out)
+    assert 0 < row["manifest_load_s"] < 10
+    assert 0 < row["worker_mb"] < 10 * row["forked_from_mb"]
+    assert list(tmp_path.iterdir()) == []
+    assert cli("bench", "size", "--samples", "3", "--shards", "1") == 2
 
 
 def test_python_m_hrgan_is_hrgan() -> None:

@@ -57,8 +57,8 @@ class ShardReader:
     """
 
     def __init__(self, stream: BinaryIO, path: str, first: int, samples: int, extension: str) -> None:
-        """stream: seekable, best without a buffer of its own; path: for messages; first: number of the first sample;
-        samples: how many there are."""
+        """stream: seekable, its read(n) less than n bytes only at the end; path: for messages; first: number of the
+        first sample; samples: how many there are."""
         self.index = 0
         self._stream, self._path, self._first, self._samples = stream, path, first, samples
         self._endings = b"." + extension.encode(), b".json"

@@ -99,7 +99,7 @@ class _Tier:
         """A reader that stands before sample `index` of the shard."""
         what, manifest = self.manifest.tiers[self.tier][shard], self.manifest
         path = self.store.local(what.file, what.bytes, what.sha256)
-        stream = open(path, "rb", buffering=0)  # noqa: SIM115, the reader closes it
+        stream = open(path, "rb")  # noqa: SIM115, the reader closes it
         reader = ShardReader(stream, self.path(shard), self.firsts[shard], what.samples, manifest.extension)
         reader.go_to(index, self.offsets.setdefault(shard, array("q", [0])))
         return reader
