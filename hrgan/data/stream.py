@@ -77,6 +77,16 @@ class _Item(NamedTuple):
     bad: tuple[str, ...]
 
 
+class _Encoded(NamedTuple):
+    """One sample as it waits in its window: its number in all sets, the encoded image and the label; bad: why it can
+    not be shown."""
+
+    number: int
+    image: bytes | memoryview
+    label: int
+    bad: str = ""
+
+
 @dataclass(frozen=True)
 class _Tier:
     """One tier of a set, opened for reading at one resolution."""
@@ -110,13 +120,13 @@ class _Tier:
             what = self.manifest.tiers[self.tier][segment.shard]
             self.store.prefetch(what.file, what.bytes, what.sha256)
 
-    def verify(self, sample: RawSample, path: str) -> "_Encoded":
-        """path: of its shard."""
+    def verify(self, sample: RawSample) -> _Encoded:
+        """The sample with its label, `bad` if that, its json or its crc32 is wrong."""
         number = self.before + int(sample.key)
         try:
             return _Encoded(number, sample.image, self._label(parse_meta(sample, len(self.manifest.classes))))
         except BadSample as error:
-            return _Encoded(number, sample.image, 0, f"{path}: sample {sample.key}: {error}")
+            return _Encoded(number, sample.image, 0, self._line(number, error))
 
     def _label(self, meta: Meta) -> int:
         if not self.classes:
@@ -129,30 +139,25 @@ class _Tier:
             raise BadSample(f"label is {name!r}, which the manifest does not list")
         return self.classes[name]
 
-    def decode(self, sample: "_Encoded") -> Pixels:
+    def decode(self, sample: _Encoded) -> Pixels:
         """(h, w, C), of the stored tier. Raises BadSample with the line about it."""
         if sample.bad:
             raise BadSample(sample.bad)
         try:
             return decode(sample.image, self.manifest.form, self.tier)
         except BadSample as error:
-            number = sample.number - self.before
-            shard = int(np.searchsorted(self.firsts, number, side="right")) - 1
-            raise BadSample(f"{self.path(shard)}: sample {number:09d}: {error}") from None
+            raise BadSample(self._line(sample.number, error)) from None
 
-
-class _Encoded(NamedTuple):
-    """One sample as it waits in its window: its number in all sets, the encoded image and the label; bad: why it can
-    not be shown."""
-
-    number: int
-    image: bytes | memoryview
-    label: int
-    bad: str = ""
+    def _line(self, number: int, error: BadSample) -> str:
+        number -= self.before
+        shard = int(np.searchsorted(self.firsts, number, side="right")) - 1
+        return f"{self.path(shard)}: sample {number:09d}: {error}"
 
 
 TOGETHER = 2**24
 """Bytes of pictures that a worker hands over at once, if a batch has fewer: each time costs as much as decoding one."""
+MOST_TOGETHER = 8
+"""Batches: with more, the first would wait too long for the others."""
 
 
 class _Shared:
@@ -234,7 +239,7 @@ class _Cursor:
             if self._reader is None or (self._shard, self._reader.index) != (segment.shard, segment.first):
                 self.close()
                 self._reader, self._shard = self._tier.open(segment.shard, segment.first), segment.shard
-            samples = [self._tier.verify(self._reader.read(), path) for _ in range(segment.samples)]
+            samples = [self._tier.verify(self._reader.read()) for _ in range(segment.samples)]
             if self._reader.index == self._tier.manifest.shard_samples[segment.shard]:
                 self._reader.finish()
                 self._reader = None
@@ -530,13 +535,11 @@ def batches(
         tier.store.check_room(order.num_slots + 2, max(shard.bytes for shard in tier.manifest.tiers[tier.tier]))
     first = nimg // CHUNK
     share = _Share(first + (rank - first) % world, world, batch // CHUNK // world)
-    shared, together = None, 1
-    if workers:
-        height, width = dataset.form.size(resolution)
-        images = share.chunks * CHUNK
-        together = max(1, TOGETHER // (images * height * width * dataset.form.channels * dataset.form.bits // 8))
-        together = min(together, 8)
-        shared = _Shared(tiers[0], images, 1, prefetch, together)
+    images = share.chunks * CHUNK
+    height, width = dataset.form.size(resolution)
+    size = images * height * width * dataset.form.channels * dataset.form.bits // 8
+    together = min(max(1, TOGETHER // size), MOST_TOGETHER) if workers else 1
+    shared = _Shared(tiers[0], images, 1, prefetch, together) if workers else None
     items = _items(_Training(tiers, orders, dataset.mix(seed), share, shared, together), workers, prefetch, None)
     read = _interleaved(items, share.chunks, workers, shared) if shared else _ordered(items)
     if pin_memory:
