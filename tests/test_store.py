@@ -29,10 +29,12 @@ import pytest
 
 from hrgan.config import DataConfig
 from hrgan.data import store as stores
+from hrgan.data import transfer
 from hrgan.data.build import build
 from hrgan.data.dataset import open_dataset
-from hrgan.data.store import Access, Missing, Store, redacted
+from hrgan.data.store import Access, Missing, Store
 from hrgan.data.stream import batches
+from hrgan.data.transfer import redacted
 from hrgan.errors import DataError, UserError
 
 Behaviour = Callable[[BaseHTTPRequestHandler, bytes, int], None]
@@ -216,7 +218,7 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
 def test_other_schemes_missing_packages_and_pipes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"ftp:// is not known, expected a folder, http://, .*s3://, gs://, hf:// or"):
         Store("ftp://host/set")
-    monkeypatch.setitem(stores.PACKAGES, "s3", "no_such_package")
+    monkeypatch.setitem(transfer.PACKAGES, "s3", "no_such_package")
     with pytest.raises(UserError, match=r"s3:// needs the package no_such_package: pip install no_such_package"):
         Store("s3://bucket/set")
     with pytest.raises(UserError, match=r"pipe: commands are off; --data.allow_pipe true lets them run"):
@@ -388,10 +390,10 @@ def test_a_missing_bucket_or_set_is_named(bucket: str, settings: DataConfig, cap
 def test_a_store_that_is_gone_is_named(bucket: str, settings: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    stores._filesystem.cache_clear()
+    transfer.filesystem.cache_clear()
     with pytest.raises(DataError, match=r"s3://sets/drawn/manifest.json cannot be fetched: .* \(2 attempts\)"):
         open_dataset(replace(settings, path=bucket, timeout_seconds=2, retries=1))
-    stores._filesystem.cache_clear()
+    transfer.filesystem.cache_clear()
 
 
 # Mixes
@@ -646,12 +648,12 @@ def test_an_s3_store_that_stalls_is_asked_as_often_as_said(bucket: str, monkeypa
     monkeypatch.setattr(stores, "BACKOFF_SECONDS", 0.01)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        stores._filesystem.cache_clear()
+        transfer.filesystem.cache_clear()
         begun = time.monotonic()
         with pytest.raises(DataError, match=r"cannot be fetched: ReadTimeoutError: .* \(2 attempts\)"):
             Store(bucket, Access(timeout_seconds=0.5, retries=1)).read("manifest.json")
         seconds = time.monotonic() - begun
-    stores._filesystem.cache_clear()
+    transfer.filesystem.cache_clear()
     assert 1.0 <= seconds < 3.0
 
 

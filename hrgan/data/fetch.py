@@ -13,7 +13,8 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from hrgan.data.index import Place
-from hrgan.data.store import HTTP, PIECE, Refused, Store, open_http, reason_of
+from hrgan.data.store import Store
+from hrgan.data.transfer import HTTP, PIECE, Refused, open_http, reason_of
 from hrgan.errors import HrganError, one_line
 
 MOST = 2**30
