@@ -7,8 +7,6 @@ import html
 import io
 import os
 import re
-import shutil
-import subprocess
 import tarfile
 import tracemalloc
 from collections import Counter
@@ -25,7 +23,7 @@ from hrgan.data import manifest as manifests
 from hrgan.data.build import build
 from hrgan.data.report import write_report
 from hrgan.errors import DataError
-from tests.conftest import lacking
+from tests.conftest import show
 
 HOSTILE = (
     "<script>alert(1)<",
@@ -413,36 +411,6 @@ def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver")
-    if reason := lacking(("chromium", "chromedriver"), ("chromium", "chromium-driver")):
-        pytest.skip(reason)
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for word in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"):
-        options.add_argument(f"--{word}")
-    for word in ("disable-background-networking", "disable-component-update", "disable-dev-shm-usage"):
-        options.add_argument(f"--{word}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(shutil.which("chromedriver"), log_output=subprocess.DEVNULL)
-    driver = webdriver.Chrome(options, service)
-    try:
-        yield driver
-    finally:
-        driver.quit()
-
-
-def show(driver: Any, path: Path, width: int, scheme: str = "light") -> None:
-    """Open a page in a window of this width, as a phone's for a small one."""
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    driver.get(path.as_uri())
 
 
 @pytest.mark.slow

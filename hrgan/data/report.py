@@ -2,12 +2,9 @@
 
 import base64
 import csv
-import html
 import io
-import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from string import Template
@@ -20,6 +17,7 @@ from hrgan.data import manifest as manifests
 from hrgan.data.folder import REPORT, SKIPPED
 from hrgan.data.manifest import Manifest
 from hrgan.data.survey import EXAMPLES, PICTURE_SIDE, Counts, Survey, largest, survey_of
+from hrgan.page import STYLE, table, text, write_page
 
 CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
 CLASS_BARS, VALUE_BARS = 100, 30
@@ -37,7 +35,8 @@ def write_report(out: Path, skipped: bool = True) -> Path:
     manifest = manifests.load(out)
     survey = survey_of(out, manifest)
     page = Template(PAGE).substitute(
-        name=_text(manifest.name),
+        style=STYLE,
+        name=text(manifest.name),
         summary=_summary(manifest),
         damage=_damage(survey),
         facts=_facts(manifest),
@@ -49,24 +48,10 @@ def write_report(out: Path, skipped: bool = True) -> Path:
         attributes=_attributes(manifest),
         sheets=_sheets(survey),
     )
-    temporary = out / f"{REPORT}.tmp"
-    try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(temporary, out / REPORT)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return out / REPORT
+    return write_page(out / REPORT, page)
 
 
 # The set
-
-
-def _text(value: object) -> str:
-    """For HTML, in text and in attributes: cut where very long, unseen characters as their escapes, such as \\n."""
-    # Besides control characters half surrogate pairs, and what turns the direction of the text that follows.
-    unseen = "[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-    text = re.sub(unseen, lambda match: match[0].encode("unicode_escape").decode(), str(value))
-    return html.escape(text if len(text) <= 300 else f"{text[:300]}…")
 
 
 def _of_size(size: Sequence[int]) -> str:
@@ -110,14 +95,7 @@ def _facts(manifest: Manifest) -> str:
         "label": manifest.label or "none",
         "real_set": manifest.real_set,
     }
-    return "".join(f"<div><dt>{name}</dt><dd>{_text(value)}</dd></div>" for name, value in facts.items())
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are escaped already; the first of each row names it."""
-    names = "".join(f'<th scope="col">{name}</th>' for name in head)
-    body = "".join(f'<tr><th scope="row">{row[0]}</th><td>{"</td><td>".join(row[1:])}</td></tr>' for row in rows)
-    return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
+    return "".join(f"<div><dt>{name}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items())
 
 
 def _tiers(manifest: Manifest) -> str:
@@ -126,13 +104,13 @@ def _tiers(manifest: Manifest) -> str:
         total = sum(shard.bytes for shard in shards)
         each = _bytes(total / max(1, manifest.num_samples))
         rows.append([str(tier), _of_size(manifest.form.size(tier)), f"{len(shards):,}", _bytes(total), each])
-    return _table(("tier", "height × width", "shards", "size", "a sample"), rows)
+    return table(("tier", "height × width", "shards", "size", "a sample"), rows)
 
 
 def _damage(survey: Survey) -> str:
     if not survey.problems:
         return ""
-    lines = "".join(f"<li>{_text(problem)}</li>" for problem in survey.problems)
+    lines = "".join(f"<li>{text(problem)}</li>" for problem in survey.problems)
     return (
         '<section class="damage"><h2>Damage</h2><p>Missing from the numbers and pictures below, because they cannot be '
         f"read: {survey.damaged:,} of {_plural(survey.manifest.num_samples, 'sample')}. The first problems of the "
@@ -154,16 +132,16 @@ def _skipped(path: Path, shown: bool) -> str:
                 counts[reason] += 1
                 first = lines.setdefault(reason, [])
                 if len(first) < EXAMPLES:
-                    first.append(f"<li><code>{_text(name)}</code> {_text(detail)}</li>")
+                    first.append(f"<li><code>{text(name)}</code> {text(detail)}</li>")
     except FileNotFoundError:
         return f"<p>Not known: there is no {SKIPPED}.</p>"
     except (OSError, csv.Error) as error:
-        note = f"<p>{SKIPPED} cannot be read to its end: {_text(error)}</p>"
+        note = f"<p>{SKIPPED} cannot be read to its end: {text(error)}</p>"
     if not counts:
         return note or "<p>Nothing.</p>"
     parts = []
     for reason, count in counts.most_common():
-        head = f"<b>{count:,}</b> {_text(reason) or 'no reason'}"
+        head = f"<b>{count:,}</b> {text(reason) or 'no reason'}"
         more = f"<p>and {count - EXAMPLES:,} more in {SKIPPED}</p>" if count > EXAMPLES else ""
         listed = f"<ul>{''.join(lines[reason])}</ul>{more}" if shown else ""
         parts.append(f"<details open><summary>{head}</summary>{listed}</details>" if shown else f"<p>{head}</p>")
@@ -195,9 +173,9 @@ def _histogram(counts: Counts, edges: Sequence[int], unit: str, about: str, colo
             )
     return (
         f'<figure><svg class="{colour}" viewBox="0 0 {len(sums)} 100" preserveAspectRatio="none" role="img" '
-        f'aria-label="{_text(about)}">{"".join(bars)}</svg>'
+        f'aria-label="{text(about)}">{"".join(bars)}</svg>'
         f'<div class="axis"><span>{edges[0]:,}{unit}</span><span>{edges[-1] - 1:,}{unit}</span></div>'
-        f"<figcaption>{_text(about)}</figcaption></figure>"
+        f"<figcaption>{text(about)}</figcaption></figure>"
     )
 
 
@@ -216,7 +194,7 @@ def _source_sizes(survey: Survey) -> str:
     return (
         f"<p>{survey.enlarged:,} of {survey.read:,} ({survey.enlarged / survey.read:.1%}) were smaller than the set's "
         f"{size} in {both} and are enlarged.</p>"
-        + _table(("pixels", "min", "median", "max"), rows)
+        + table(("pixels", "min", "median", "max"), rows)
         + (histogram if least < most else "")
     )
 
@@ -243,7 +221,7 @@ def _channels(survey: Survey) -> str:
     size = _of_size(manifest.form.size(survey.tier))
     return (
         f"<p>Of all pixels of the {_plural(survey.read, 'sample')} at {size}, in stored numbers.</p>{note}"
-        + _table(("channel", "mean", "standard deviation", "min", "max"), rows)
+        + table(("channel", "mean", "standard deviation", "min", "max"), rows)
         + f'<div class="figures">{"".join(figures)}</div>'
     )
 
@@ -254,7 +232,7 @@ def _bars(counts: dict[str, int], most: int, noun: str) -> str:
     kept = largest(numbers, most)
     top = max(1, *numbers)
     items = "".join(
-        f'<li><span class="name">{_text(names[at]) or "(empty)"}</span><span class="track">'
+        f'<li><span class="name">{text(names[at]) or "(empty)"}</span><span class="track">'
         f'<i style="width:{100 * numbers[at] / top:.2f}%"></i></span><span class="count">{numbers[at]:,}</span></li>'
         for at in kept
     )
@@ -274,7 +252,7 @@ def _attributes(manifest: Manifest) -> str:
     parts = []
     for name, counts in manifest.attributes.items():
         values = _bars(counts, VALUE_BARS, "values") if counts else "<p>of too many values to count</p>"
-        parts.append(f"<h3>{_text(name)}</h3>{values}")
+        parts.append(f"<h3>{text(name)}</h3>{values}")
     return f"<section><h2>Attributes</h2>{''.join(parts)}</section>" if parts else ""
 
 
@@ -287,7 +265,7 @@ def _sheets(survey: Survey) -> str:
     figures = []
     for label, pictures in survey.sheets.items():
         if pictures:
-            name = _text(manifest.classes[label]) if manifest.classes else ""
+            name = text(manifest.classes[label]) if manifest.classes else ""
             count = manifest.class_counts[label] if manifest.classes else manifest.num_samples
             image = _image(pictures, f"{_plural(len(pictures), 'picture')} of {f'class {name}' if name else 'the set'}")
             caption = f"{f'{name}: ' if name else ''}{len(pictures)} of {count:,}"
@@ -331,41 +309,7 @@ PAGE = """<!doctype html>
 <link rel="icon" href="data:,">
 <title>$name: report</title>
 <style>
-:root { color-scheme: light dark; --back: #fff; --fore: #1c2128; --soft: #57606a; --line: #d5dbe1; --panel: #f5f7f9;
-  --plain: #3b6fd4; --red: #cf3a3a; --green: #2e9148; --blue: #3b6fd4; --grey: #6e7781; --alpha: #8a56c4;
-  --warn: #fff1e5; }
-@media (prefers-color-scheme: dark) { :root { --back: #12161b; --fore: #e2e7ec; --soft: #97a1ab; --line: #333b44;
-  --panel: #1b2129; --plain: #6b9bf2; --red: #f07171; --green: #5cc878; --blue: #6b9bf2; --grey: #a3adb7;
-  --alpha: #b98bea; --warn: #3a2716; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--fore); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 75rem; margin: 0 auto; padding: 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.8rem; line-height: 1.2; margin: .5rem 0 0; }
-h2 { font-size: 1.25rem; margin: 0 0 .5rem; }
-h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
-p { margin: .4rem 0; }
-header p, figcaption, .axis, dt, thead th { color: var(--soft); }
-section { border-top: 1px solid var(--line); padding: 1.2rem 0; margin-top: 1.2rem; }
-.damage { background: var(--warn); border: 1px solid var(--line); border-radius: 6px; padding: 1rem; }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 10rem), 1fr)); gap: .8rem 1.5rem;
-  margin: 0 0 1.2rem; }
-dt { font-size: .85rem; }
-dd { margin: 0; }
-dl div:last-child { grid-column: 1 / -1; }
-dl div:last-child dd, code { font: .875em/1.5 ui-monospace, monospace; }
-code { background: var(--panel); padding: .1em .3em; border-radius: 4px; unicode-bidi: isolate; }
-.wide { overflow-x: auto; margin: .6rem 0; }
-table { border-collapse: collapse; overflow-wrap: normal; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; font-weight: normal; padding: .3rem 0 .3rem 1rem; border-bottom: 1px solid var(--line);
-  vertical-align: bottom; }
-tbody td { white-space: nowrap; }
-th:first-child { text-align: left; padding-left: 0; }
-@media (min-width: 40rem) { th, td { padding-left: 2rem; } }
-summary { cursor: pointer; }
-details { margin: .5rem 0; }
-ul { margin: .3rem 0; padding-left: 1.2rem; }
-li { margin: .2rem 0; }
-figure { margin: .8rem 0 0; min-width: 0; }
+$style.damage { background: var(--warn); border: 1px solid var(--line); border-radius: 6px; padding: 1rem; }
 figcaption, .axis { font-size: .85rem; }
 figcaption { text-align: center; }
 .axis { display: flex; justify-content: space-between; }
@@ -382,7 +326,6 @@ rect { fill: var(--plain); }
 .track i { display: block; height: 100%; background: var(--plain); }
 .count { text-align: right; font-variant-numeric: tabular-nums; }
 .sheets { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 32rem), 1fr)); gap: .5rem 1.5rem; }
-img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 </style>
 </head>
 <body>
