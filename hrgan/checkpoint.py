@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ import torch
 from hrgan.config import Config, from_dict
 from hrgan.engine import PARTS, State
 from hrgan.errors import REFUSALS, UserError
+from hrgan.metrics.rows import best_row
+from hrgan.monitor.log import locked, read_rows
 from hrgan.watch import beat
 
 FORMAT = 1
@@ -45,12 +47,8 @@ class Progress:
     """Samples replaced because they could not be read."""
     seconds: float = 0.0
     """Wall-clock time of training so far."""
-    best_nimg: int | None = None
-    """nimg of the best evaluation at this resolution."""
-    best_metric: float | None = None
-    """Its value; lower is better."""
-    best_name: str | None = None
-    """What it is a value of: metric, extractor's sha256 and resolution. Others are not compared with it."""
+    eval_seconds: float = 0.0
+    """Wall-clock time of evaluations so far, without that of the reals' statistics."""
     rollbacks: int = 0
     """Times that the run went back to a checkpoint because it diverged."""
     lr_scale: float = 1.0
@@ -147,14 +145,21 @@ def clear_on_full_disk(partial: Path) -> Iterator[None]:
         ) from error
 
 
-def prune(run: Path, newest: int, keep: int, keep_every_kimg: float | None, best: int | None) -> None:
-    """Delete checkpoints besides `keep` of them up to `newest`, the best, and the first of each `keep_every_kimg`.
+def prune(run: Path, newest: int, keep: int, keep_every_kimg: float | None) -> None:
+    """Name the best, and delete checkpoints besides it, `keep` of them up to `newest`, and the first of each
+    `keep_every_kimg`.
 
     Any after `newest` did not verify when the run went on; they must not take the place of good ones.
     """
     _sweep(run / "checkpoints")
+    # No watcher may name a best that is deleted in the same moment.
+    with locked(run / "metrics.jsonl"):
+        _prune(run, newest, keep, keep_every_kimg)
+
+
+def _prune(run: Path, newest: int, keep: int, keep_every_kimg: float | None) -> None:
     saved = sorted(int(path.name) for path in numbered(run) if int(path.name) <= newest)
-    kept = {*saved[-keep:], best}
+    kept = {*saved[-keep:], name_best(run)}
     if keep_every_kimg is not None:
         first: dict[int, int] = {}
         for nimg in saved:
@@ -165,15 +170,27 @@ def prune(run: Path, newest: int, keep: int, keep_every_kimg: float | None, best
             _delete(run, nimg)
 
 
-def forget_after(run: Path, nimg: int, best: int | None) -> None:
-    """Delete the checkpoints after `nimg`, which a run went back from; `best` then names an older one or none."""
+def name_best(run: Path) -> int | None:
+    """Point `best` at the checkpoint that metrics.jsonl has the best number of (rows.best_row), among those that are
+    there. The training does so after each save, and `hrgan eval --watch` after each row, so both by this rule. nimg of
+    the best, None where none was measured."""
+    saved = {int(folder.name) for folder in numbered(run)}
+    row = best_row(row for row in read_rows(run / "metrics.jsonl") if row["nimg"] in saved)
+    if row is None:
+        (run / "best").unlink(missing_ok=True)
+        return None
+    nimg = int(row["nimg"])
+    point(run, "best", nimg)
+    return nimg
+
+
+def forget_after(run: Path, nimg: int) -> None:
+    """Delete the checkpoints after `nimg`, which a run went back from."""
     for folder in numbered(run):
         if int(folder.name) > nimg:
             _delete(run, int(folder.name))
-    if best is not None:
-        point(run, "best", best)
-    else:
-        (run / "best").unlink(missing_ok=True)
+    with locked(run / "metrics.jsonl"):
+        name_best(run)
 
 
 def _sweep(folder: Path) -> None:
@@ -260,7 +277,9 @@ def load(folder: Path, parts: tuple[str, ...] = PARTS) -> Saved:
         name: safetensors.torch.load_file(folder / f"{name}.safetensors") for name in parts
     }
     state = State(description["resolution"], description["fading"], tensors)
-    return Saved(state, Progress(**description["progress"]), saved_config(description), description["real_set"])
+    known = {item.name for item in fields(Progress)}
+    progress = Progress(**{key: value for key, value in description["progress"].items() if key in known})
+    return Saved(state, progress, saved_config(description), description["real_set"])
 
 
 def saved_config(description: dict[str, Any]) -> Config:

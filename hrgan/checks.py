@@ -3,16 +3,23 @@ nearest valid value."""
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import asdict
 
-from hrgan.config import CHUNK, Config, at, leaves, resolutions
+from hrgan.config import CHUNK, EVAL_METRICS, EXTRACTORS, Config, at, leaves, resolutions
 from hrgan.sizes import LONGEST, SHORTEST
 
 
 def problems(config: Config) -> list[str]:
     """Every problem that the values have, one line each: field, value, reason, nearest valid value."""
-    return [*_size_problems(config), *_batch_problems(config), *_loss_problems(config), *_range_problems(config)]
+    return [
+        *_size_problems(config),
+        *_batch_problems(config),
+        *_loss_problems(config),
+        *_eval_problems(config),
+        *_range_problems(config),
+    ]
 
 
 def _power_of_two(name: str, value: int, low: int) -> list[str]:
@@ -82,6 +89,21 @@ def _loss_problems(config: Config) -> list[str]:
     return []
 
 
+def _eval_problems(config: Config) -> list[str]:
+    found, name = [], config.eval.extractor
+    if name not in EXTRACTORS and ":" not in name and not name.endswith((".pt", ".pth", ".ts", ".torchscript")):
+        near = difflib.get_close_matches(name, EXTRACTORS, 1, 0)[0]
+        found.append(
+            f"eval.extractor: {name} is none of {', '.join(EXTRACTORS[:4])}, clip-..., dinov2-vit-..., a TorchScript "
+            f"FILE.pt or module:Class; nearest: {near}"
+        )
+    for metric in config.eval.metrics:
+        if metric not in EVAL_METRICS:
+            near = difflib.get_close_matches(metric, EVAL_METRICS, 1, 0)[0]
+            found.append(f"eval.metrics: {metric} is none of {', '.join(EVAL_METRICS)}; nearest: {near}")
+    return found
+
+
 _LEAST: dict[str, float] = {
     "data.workers": 0,
     "data.prefetch": 1,
@@ -104,6 +126,8 @@ _LEAST: dict[str, float] = {
     "eval.num_fake": 2,
     "eval.num_real": 4,
     "eval.batch": 1,
+    "eval.bootstrap": 0,
+    "eval.kid_subset_size": 2,
     "checkpoint.keep": 2,
     "log.grid": 1,
     "seed": 0,
@@ -118,6 +142,7 @@ _ABOVE_ZERO = (
     "loss.fd_sigma",
     "optim.rollback_lr",
     "limits.hours",
+    "eval.max_share",
     "data.cache_gb",
     "data.timeout_seconds",
     "limits.timeout_minutes",
@@ -128,7 +153,13 @@ _ABOVE_ZERO = (
     "log.tick_kimg",
     "log.samples_kimg",
 )
-_MOST: dict[str, float] = {"data.max_bad": 1, "optim.rollback_lr": 1, "optim.beta1": 0.9999, "optim.beta2": 0.99999}
+_MOST: dict[str, float] = {
+    "data.max_bad": 1,
+    "eval.max_share": 1,
+    "optim.rollback_lr": 1,
+    "optim.beta1": 0.9999,
+    "optim.beta2": 0.99999,
+}
 
 
 def _range_problems(config: Config) -> list[str]:

@@ -107,12 +107,39 @@ def train(args: Namespace) -> None:
 
 
 def evaluate(args: Namespace) -> None:
-    from hrgan.apps.evaluate import evaluate_target, watch
+    from hrgan.apps.evaluate import Settings, evaluate_pair
+    from hrgan.apps.follow import watch
+    from hrgan.metrics.rows import describe
 
+    settings = Settings(
+        data=args.data,
+        count=args.count,
+        num_real=args.num_real,
+        metrics=metric_names(args.metrics),
+        extractor=args.extractor,
+        weights=args.weights,
+        mirror=args.mirror or None,
+        kid_subset_size=args.kid_subset_size,
+        bootstrap=args.bootstrap,
+        resolution=args.resolution,
+        workers=args.workers,
+        picture=Path(args.picture) if args.picture else None,
+    )
     if args.watch:
-        watch(Path(args.target), args.data, args.count, args.every)
+        watch(Path(args.target), settings, args.every)
         return
-    print(json.dumps(evaluate_target(Path(args.target), args.data, args.count), indent=1))
+    for row in evaluate_pair(args.target, args.reference, settings):
+        print(describe(row), file=sys.stderr)
+        print(json.dumps(row))
+
+
+def metric_names(text: str | None) -> tuple[str, ...] | None:
+    """The words of --metrics; `all` is every one that any two sides have."""
+    from hrgan.config import EVAL_METRICS
+
+    if text == "all":
+        return tuple(name for name in EVAL_METRICS if name not in ("ppl", "class_fid"))
+    return names(text) if text is not None else None
 
 
 def generate(args: Namespace) -> None:
@@ -135,6 +162,14 @@ def bench_size(args: Namespace) -> None:
 
     row = bench(args.samples, args.shards, Path(args.folder) if args.folder else None)
     print(json.dumps(row, indent=1)) if args.json else print_size(row)
+
+
+def bench_eval(args: Namespace) -> None:
+    from hrgan.apps.bench_eval import bench_eval as bench
+    from hrgan.apps.bench_eval import print_table
+
+    rows = bench(Path(args.a), Path(args.b), Path(args.weights))
+    print(json.dumps(rows, indent=1)) if args.json else print_table(rows)
 
 
 def bench_step(args: Namespace) -> None:
@@ -285,10 +320,34 @@ def train_arguments(parser: Parser) -> None:
 
 def eval_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "target", type=str, help="run directory (its best, else its newest checkpoint) or checkpoint folder"
+        "target",
+        type=str,
+        help="what is measured: a run directory (its best, else its newest checkpoint), a checkpoint folder, a folder "
+        "of pictures, or shards",
     )
-    parser.add_argument("--data", type=str, default=None, help="folder of shards (default: the one it was trained on)")
-    parser.add_argument("--count", type=int, default=None, help="generated images (default: eval.num_fake of the run)")
+    parser.add_argument(
+        "reference", type=str, nargs="?", default=None, help="what it is compared with, any of these (default: --data)"
+    )
+    parser.add_argument("--data", type=str, default=None, help="shards (default: those that the run was trained on)")
+    parser.add_argument("--count", type=int, default=None, help="pictures of the target (eval.num_fake, or all)")
+    parser.add_argument("--num_real", type=int, default=None, help="pictures of the reference (default: all)")
+    parser.add_argument(
+        "--metrics",
+        type=str,
+        default=None,
+        help="NAME,NAME of fid, fid_infinity, kid, isc, prc, class_fid, memorization, ppl; all: those that need "
+        "neither a generator nor classes (default: eval.metrics of the run, or fid)",
+    )
+    parser.add_argument("--extractor", type=str, default=None, help="as eval.extractor of a configuration")
+    parser.add_argument("--weights", type=str, default=None, help="file of the extractor's weights")
+    parser.add_argument("--mirror", action="store_true", help="compare with each real and its flipped copy")
+    parser.add_argument("--kid_subset_size", type=int, default=None, help="pictures in each of KID's subsets (1000)")
+    parser.add_argument("--bootstrap", type=int, default=None, help="replicates for the error of the distance (16)")
+    parser.add_argument(
+        "--resolution", type=str, default=None, help="bring folders and shards to it: a side, or HEIGHTxWIDTH"
+    )
+    parser.add_argument("--workers", type=int, default=None, help="loader processes of each process (2)")
+    parser.add_argument("--picture", type=str, default=None, help="file for memorization's picture of nearest reals")
     parser.add_argument(
         "--watch",
         action="store_true",
@@ -320,6 +379,13 @@ def bench_size_arguments(parser: Parser) -> None:
     parser.add_argument("--samples", type=int, default=1_000_000, help="pictures of the simulated set")
     parser.add_argument("--shards", type=int, default=1000, help="shards they are in")
     parser.add_argument("--folder", type=str, default=None, help="where to write it (2.6 GB for a million)")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def bench_eval_arguments(parser: Parser) -> None:
+    parser.add_argument("a", type=str, help="folder of pictures")
+    parser.add_argument("b", type=str, help="folder of as large ones to compare them with")
+    parser.add_argument("--weights", type=str, required=True, help="file of FID's Inception weights")
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
@@ -360,10 +426,11 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], None], Callable[[Parser], None],
     ),
     "schedule": (schedule, schedule_arguments, "print the phases of a configuration"),
     "train": (train, train_arguments, "train, or go on where the run directory stands"),
-    "eval": (evaluate, eval_arguments, "measure a run, a checkpoint or a folder of images"),
+    "eval": (evaluate, eval_arguments, "measure a run, checkpoint, folder or shards against another"),
     "generate": (generate, generate_arguments, "write pictures from a run or a checkpoint"),
     "bench data": (bench_data, bench_data_arguments, "images per second of reading a set, beside its limits"),
     "bench size": (bench_size, bench_size_arguments, "what a set of a million images takes to open, seek and hold"),
+    "bench eval": (bench_eval, bench_eval_arguments, "seconds of FID of two folders, beside torch-fidelity's command"),
     "bench step": (
         bench_step,
         bench_step_arguments,

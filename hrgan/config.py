@@ -174,13 +174,28 @@ class EvalConfig:
     """Generated images per evaluation."""
     num_real: int | None = None
     """Real images whose statistics are compared (the first in stored order); None: all of them."""
-    extractor: Literal["auto", "inception", "random"] = "auto"
+    metrics: list[str] = field(default_factory=lambda: ["fid"])
+    """What is measured, any of: fid (always is), fid_infinity (at several counts, and extrapolated to endless ones),
+    kid, isc, prc (precision and recall), class_fid, memorization (authenticity, and the nearest reals as a picture),
+    ppl."""
+    extractor: str = "auto"
     """inception: FID's own network, refused at launch without its weights; random: a seeded random convolutional
-    network (fd_random); auto: inception where its weights can be had, else random."""
+    network (fd_random); auto: inception where its weights can be had, else random; vgg16, clip-..., dinov2-vit-...:
+    torch-fidelity's; FILE.pt: your TorchScript, module:Class: your torch.nn.Module, (N, 3, H, W) uint8 -> (N, D)."""
     weights: str | None = None
-    """File of FID's Inception weights; None looks in torch's cache, then downloads."""
+    """File of the extractor's weights; None looks in torch's cache, then downloads."""
     batch: int = 64
     """Images per forward pass of the extractor and of the generator in an evaluation, per process."""
+    mirror: bool = False
+    """Compare with each real image and its flipped copy, as is the custom for sets that are trained on with
+    data.mirror."""
+    bootstrap: int = 16
+    """Replicates for the error of the Frechet distance; 0: no error."""
+    kid_subset_size: int = 1000
+    """Images in each of KID's subsets; both sides must have as many."""
+    max_share: float = 0.05
+    """Largest share of a run's time that evaluations in training may take: one that would take more is left out, and
+    said, except the last. Statistics of the reals, computed once, do not count. 1: no limit."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +268,15 @@ class Config:
     """On CUDA: only kernels that give the same bits each time (slower). The CPU always does."""
 
 
+CLIP = tuple(
+    f"clip-{kind}"
+    for kind in ("rn50", "rn101", "rn50x4", "rn50x16", "rn50x64", "vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336px")
+)
+DINOV2 = tuple(f"dinov2-vit-{size}-14" for size in "sblg")
+EXTRACTORS = ("auto", "inception", "vgg16", "random", *CLIP, *DINOV2)
+"""Of eval.extractor, besides a user's own."""
+EVAL_METRICS = ("fid", "fid_infinity", "kid", "isc", "prc", "class_fid", "memorization", "ppl")
+"""Of eval.metrics."""
 MAY_CHANGE = (
     "schedule.total_kimg",
     "schedule.micro_batch",
@@ -348,6 +372,7 @@ def wrong_type(key: str, value: Any) -> str:
         dict[int, float]: "a map {resolution: number}",
         dict[str, float]: "a map {path: weight}",
         list[int]: "a list of whole numbers",
+        list[str]: "a list of words",
     }
     if get_origin(hint) is Literal:
         near = difflib.get_close_matches(str(value), get_args(hint), 1, 0)

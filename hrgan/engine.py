@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
@@ -59,6 +59,40 @@ class Net:
     adam: Adam
     deepspeed: Any = None
     """DeepSpeed's engine for it; None without DeepSpeed."""
+
+
+def join() -> tuple[int, int, torch.device]:
+    """Rank, number of processes and device of this one, joined to the others that `accelerate launch` started: for
+    programs that train nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    _check_world(state.num_processes)
+    return state.process_index, state.num_processes, state.device
+
+
+def _check_world(world: int) -> None:
+    if int(os.environ.get("WORLD_SIZE", world)) != world:
+        raise UserError(
+            f"launch: WORLD_SIZE is {os.environ['WORLD_SIZE']} but Accelerate formed a world of {world}; on CPUs start "
+            "with ACCELERATE_USE_CPU=true accelerate launch --config_file launch/cpu-2.yaml"
+        )
+
+
+def on_first(rank: int, world: int, act: Callable[[], Result]) -> Result:
+    """The result of a function that only the first process runs; an HrganError in it is raised on all alike."""
+    outcome: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = act()
+        except HrganError as error:
+            outcome[1] = error
+    if world > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: Result = outcome[0]
+    return result
 
 
 class Engine:
@@ -101,11 +135,7 @@ class Engine:
             )
         if kind == DistributedType.DEEPSPEED:
             self.zero_stage = self.accelerator.state.deepspeed_plugin.zero_stage
-        if int(os.environ.get("WORLD_SIZE", self.world)) != self.world:
-            raise UserError(
-                f"launch: WORLD_SIZE is {os.environ['WORLD_SIZE']} but Accelerate formed a world of {self.world}; "
-                "on CPUs start with ACCELERATE_USE_CPU=true accelerate launch --config_file launch/cpu-2.yaml"
-            )
+        _check_world(self.world)
         self.store: Any = None
         """Where the processes say where they are (watch.py); None for one process."""
         if self.world > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,8 +21,11 @@ from hrgan.data import stream
 from hrgan.data.dataset import Dataset
 from hrgan.engine import Engine, State
 from hrgan.errors import DataError, Diverged, Stopped, UserError
+from hrgan.metrics.evaluation import Evaluated, evaluated, save_neighbours
 from hrgan.metrics.extractor import Extractor
-from hrgan.metrics.frechet import evaluate
+from hrgan.metrics.features import Ranks
+from hrgan.metrics.rows import describe
+from hrgan.metrics.source import reference
 from hrgan.monitor.log import RunLog, eta, read_rows, summary
 from hrgan.monitor.meter import Meter
 from hrgan.noise import latents
@@ -38,6 +42,36 @@ STOP_FILE = "a STOP file"
 """As a reason to stop."""
 
 
+class TooDear(Exception):
+    """An evaluation that would take more time than eval.max_share leaves: it is left out."""
+
+    def __init__(self, seconds: float) -> None:
+        """seconds: what it would take."""
+        super().__init__(seconds)
+        self.seconds = seconds
+
+
+@dataclass
+class Budget:
+    """The time that an evaluation may take, and what it has taken."""
+
+    allowed: float
+    """Seconds."""
+    began: float | None = None
+    """When the first round was done: that one also warms up."""
+    share: float = 0.0
+    """What of the evaluation was done then."""
+
+    def expected(self, share: float) -> float:
+        """Seconds that all of it will take, by what `share` of it took; 0 as long as nothing is known."""
+        now = time.perf_counter()
+        if share > 0 and self.began is None:
+            self.began, self.share = now, share
+        if self.began is None or share <= self.share:
+            return 0.0
+        return (now - self.began) / (share - self.share)
+
+
 @dataclass
 class Run:
     """One run in this process."""
@@ -48,6 +82,8 @@ class Run:
     schedule: Schedule
     dataset: Dataset
     extractor: Extractor
+    lpips: bool
+    """Whether eval.metrics' ppl has LPIPS."""
     log: RunLog | None
     """On the main process only."""
     progress: Progress
@@ -64,6 +100,10 @@ class Run:
     """The phase in which waiting for data was last warned of."""
     ticks: int = 0
     """Since the phase began: in the first one the loader starts."""
+    evaluation_took: float = 0.0
+    """Seconds of the last evaluation by this process, without the reals' statistics."""
+    budget: Budget | None = None
+    """Of the evaluation that is being made; None where its time does not matter."""
     look_every: int = 1
     """Steps between two looks for a reason to stop, so that looking costs next to nothing."""
 
@@ -74,12 +114,16 @@ class Run:
             reason = STOP_FILE
         return self.engine.agree(reason)
 
-    def pause(self) -> None:
-        """Between two rounds of an evaluation: raises Stopped on all processes where one has a reason."""
+    def pause(self, share: float) -> None:
+        """Between two rounds of an evaluation, of which `share` is done: raises Stopped on all processes where one has
+        a reason, and TooDear where it would take more time than is left for it."""
         beat()
         reason = self.stop_reason()
         if reason is not None:
             raise Stopped(reason)
+        expected = self.budget.expected(share) if self.budget is not None else 0.0
+        if self.budget is not None and self.engine.any(expected > self.budget.allowed):
+            raise TooDear(expected)
 
     def next_images(self, reals: Iterator[stream.Batch], phase: Phase) -> Tensor:
         """This process's next (n, C, H, W) reals as stored; black ones after a failure, so that no other process
@@ -120,17 +164,17 @@ def between_steps(run: Run, phase: Phase, nimg: int, due: Due, stop: str | None)
     end_tick(run, phase, nimg)
     if due.samples:
         run.engine.on_main(lambda: save_samples(run, phase, nimg))
-    evaluated = False
+    measured = False
     if due.evaluate and stop is None:
         try:
-            measure(run, phase, nimg)
-            evaluated = True
+            measure(run, phase, nimg, last=due.finish)
+            measured = True
         except Stopped as stopped:
             stop = str(stopped)
     if due.save or stop:
         save(run)
         stop = stop or run.stop_reason()  # Else one that came during the save would cost a second one.
-    if stop and not (due.finish and evaluated):
+    if stop and not (due.finish and measured):
         stop_here(run, stop)
 
 
@@ -261,37 +305,55 @@ def save_samples(run: Run, phase: Phase, nimg: int) -> None:
     save_png(to_array(picture), folder / f"{nimg / 1000:08.1f}kimg-{phase.resolution}px.png")
 
 
-def measure(run: Run, phase: Phase, nimg: int) -> None:
-    """Evaluate the EMA; remember it if it is the best of its kind. Stopped where a stop is asked for meanwhile."""
+def measure(run: Run, phase: Phase, nimg: int, *, last: bool = False) -> None:
+    """Evaluate the EMA, if eval.max_share leaves the time or it is the run's last evaluation. Stopped where a stop is
+    asked for meanwhile."""
     beat(f"evaluating at {nimg / 1000:g} kimg")
-    config, engine = run.config, run.engine
-    folders = [run.dataset.stats_folder(), run.folder / "stats"]
-    row = evaluate(
-        config,
-        run.dataset,
-        engine.ema,
-        phase.alpha(nimg),
-        run.extractor,
-        engine.rank,
-        engine.world,
-        folders,
-        run.pause,
-    )
+    place, most = f"at {nimg / 1000:g} kimg", run.config.eval.max_share
+    if not last and most < 1:
+        left = (most * run.progress.seconds - run.progress.eval_seconds) / (1 - most)
+        run.budget = Budget(max(run.engine.gather(left)))
+    began = time.perf_counter()
+    try:
+        if run.budget is not None and run.engine.any(run.budget.allowed <= run.evaluation_took):
+            raise TooDear(run.evaluation_took)
+        found = evaluate(run, phase)
+        took = run.evaluation_took = time.perf_counter() - began - found.reference_seconds
+    except TooDear as error:
+        assert run.budget is not None
+        took = time.perf_counter() - (run.budget.began or time.perf_counter())
+        about = f"it would take about {error.seconds:.1f} s, and " if error.seconds else ""
+        run.say(
+            f"evaluation {place} left out: {about}eval.max_share {most:g} leaves {max(run.budget.allowed, 0):.1f} s of "
+            f"{run.progress.seconds:.0f} s so far; {run.progress.eval_seconds:.0f} s of them went into evaluations"
+        )
+        found = Evaluated([], None, 0.0)
+    finally:
+        run.budget = None
+    run.progress = replace(run.progress, eval_seconds=run.progress.eval_seconds + took)
     if run.log is None:
         return
-    run.log.metric({"nimg": nimg, **row})
-    value, name = row[run.extractor.metric], f"{run.extractor.metric} {run.extractor.sha256} {phase.resolution}"
-    size = size_text(config.network.grid, phase.resolution)
-    run.say(
-        f"{run.extractor.metric} {value:.4f} at {nimg / 1000:g} kimg, {size} (floor "
-        f"{row[run.extractor.metric + '_floor']:.4f}; "
-        f"{row['num_fake']} fakes, {row['num_real']} reals, {row['seconds']:.1f} s)"
-        if value is not None
-        else f"{run.extractor.metric} cannot be computed at {nimg / 1000:g} kimg: generated images are not finite"
+    for row in found.rows:
+        run.log.metric({"nimg": nimg, **row})
+        run.say(f"{describe(row, run.config.network.grid)} {place}, {row['seconds']:.1f} s")
+    if found.neighbours is not None:
+        save_neighbours(found.neighbours, run.folder, nimg, phase.resolution)
+
+
+def evaluate(run: Run, phase: Phase) -> Evaluated:
+    """The rows of an evaluation of the EMA at this moment. On the main process; others find none."""
+    engine, config = run.engine, run.config
+    return evaluated(
+        config,
+        engine.ema,
+        phase.alpha(run.progress.nimg),
+        reference(config, run.dataset, phase.resolution),
+        run.extractor,
+        run.lpips,
+        Ranks(engine.rank, engine.world),
+        [run.dataset.stats_folder(), run.folder / "stats"],
+        run.pause,
     )
-    old = run.progress
-    if isinstance(value, float) and (old.best_metric is None or old.best_name != name or value < old.best_metric):
-        run.progress = replace(old, best_nimg=nimg, best_metric=value, best_name=name)
 
 
 def save(run: Run) -> None:
@@ -314,9 +376,7 @@ def settle(run: Run) -> None:
     """
     progress, limits = run.progress, run.config.checkpoint
     checkpoint.point(run.folder, "latest", progress.nimg)
-    if progress.best_nimg is not None:
-        checkpoint.point(run.folder, "best", progress.best_nimg)
-    checkpoint.prune(run.folder, progress.nimg, limits.keep, limits.keep_every_kimg, progress.best_nimg)
+    checkpoint.prune(run.folder, progress.nimg, limits.keep, limits.keep_every_kimg)
 
 
 def finish(run: Run) -> None:
@@ -350,7 +410,7 @@ def owes_evaluation(run: Run) -> bool:
     phase = run.schedule.at(nimg - 1)
     due = what_is_due(run.config, run.schedule, phase, nimg - phase.batch, nimg)
     rows = run.engine.on_main(lambda: read_rows(run.folder / "metrics.jsonl"))
-    return due.evaluate and not any(row["nimg"] == nimg and run.extractor.metric in row for row in rows)
+    return due.evaluate and not any(row["nimg"] == nimg and run.extractor.called("fd") in row for row in rows)
 
 
 def make_up_evaluation(run: Run, state: State) -> State:
@@ -359,7 +419,7 @@ def make_up_evaluation(run: Run, state: State) -> State:
     phase = run.schedule.at(nimg - 1)
     run.engine.enter(at_lr(phase, run.progress.lr_scale), state)
     try:
-        measure(run, phase, nimg)
+        measure(run, phase, nimg, last=nimg >= run.schedule.nimg_total)
     except Stopped as stopped:
         stop_here(run, str(stopped))
     save(run)
@@ -394,7 +454,7 @@ def roll_back(run: Run, error: Diverged) -> State:
     def keep_the_lower_rates() -> None:
         # In this order a kill never leaves a checkpoint to go on from whose rows are gone.
         checkpoint.point(run.folder, "latest", run.progress.nimg)
-        checkpoint.forget_after(run.folder, run.progress.nimg, run.progress.best_nimg)
+        checkpoint.forget_after(run.folder, run.progress.nimg)
         # At once, so that a crash before the next checkpoint does not lose the lower rates.
         checkpoint.save(run.folder, saved.state, run.progress, run.config, run.dataset.real_set)
 

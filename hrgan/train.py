@@ -22,7 +22,9 @@ from hrgan.data import stream
 from hrgan.data.dataset import Dataset, open_dataset
 from hrgan.engine import Engine, State
 from hrgan.errors import Diverged, HrganError, UserError
+from hrgan.metrics.evaluation import Side, refuse_too_few, side
 from hrgan.metrics.extractor import make_extractor, settle_weights
+from hrgan.metrics.source import reference
 from hrgan.monitor.log import RunLog
 from hrgan.monitor.meter import Meter
 from hrgan.networks import full_precision
@@ -181,17 +183,21 @@ def train(config: Config, folder: Path) -> None:
         dataset = open_dataset(config.data)
         check_shards(config, dataset, schedule)
         config = with_values(config, dataset)
+        reals = reference(config, dataset, dataset.resolution)
+        refuse_too_few(config.eval, Side("generated ones (eval.num_fake)", config.eval.num_fake), side(reals))
         say = print if engine.rank == 0 else _silent
         with patience("fetching the extractor's weights"):
-            weights = engine.on_main(lambda: settle_weights(config.eval, say))
+            settled = engine.on_main(lambda: settle_weights(config.eval, say))
         start = engine.on_main(lambda: open_run(folder, config, dataset, say))
         saved = load_everywhere(engine, start) if start is not None else None
         progress = saved.progress if saved else Progress()
         log = RunLog(folder, progress.nimg, config.log.tensorboard, config.network.grid) if engine.rank == 0 else None
         try:
-            extractor = make_extractor(weights, engine.device)
+            extractor = make_extractor(settled, engine.device)
             meter = Meter(engine.device)
-            run = Run(config, folder, engine, schedule, dataset, extractor, log, progress, meter, watch=watch)
+            run = Run(
+                config, folder, engine, schedule, dataset, extractor, settled.lpips, log, progress, meter, watch=watch
+            )
             if saved is not None:
                 engine.on_main(lambda: settle(run))
             if progress.nimg >= schedule.nimg_total and not owes_evaluation(run):
@@ -201,7 +207,7 @@ def train(config: Config, folder: Path) -> None:
             run.say(
                 f"{'going on' if saved else 'starting'} at {progress.nimg / 1000:g} kimg in {folder}: "
                 f"{dataset.num_samples:,} images, "
-                f"{engine.world} x {engine.device.type} ({engine.name}), {config.precision}, {extractor.metric}"
+                f"{engine.world} x {engine.device.type} ({engine.name}), {config.precision}, {extractor.called('fd')}"
             )
             run_phases(run, saved.state if saved else None)
         finally:

@@ -13,6 +13,7 @@ from PIL import Image
 from hrgan import checkpoint
 from hrgan.data.dataset import Dataset, open_set
 from hrgan.data.stream import read_range
+from hrgan.monitor.log import append
 from hrgan.pictures import save_png, to_array
 from tests.conftest import TINY, Children, cli
 from tests.test_metrics import offline
@@ -109,6 +110,10 @@ def test_a_target_that_cannot_be_used_is_named(
 def test_pruning_keeps_the_newest_the_best_and_one_for_each_interval(tmp_path: Path) -> None:
     for nimg in range(1000, 10001, 1000):
         (tmp_path / "checkpoints" / str(nimg)).mkdir(parents=True)
-    checkpoint.prune(tmp_path, newest=9000, keep=2, keep_every_kimg=4, best=6000)
+    for nimg, value in ((5000, None), (6000, 1.0), (7000, 2.0), (20000, 0.5)):  # The last has no checkpoint.
+        about = {"resolution": 16, "fid_floor": 0.1, "extractor": "a"}
+        append(tmp_path / "metrics.jsonl", {"nimg": nimg, "fid": value, **about})
+    checkpoint.prune(tmp_path, newest=9000, keep=2, keep_every_kimg=4)
+    assert (tmp_path / "best").read_text() == "6000\n"
     names = [path.name for path in checkpoint.numbered(tmp_path)]
     assert names == ["10000", "9000", "8000", "6000", "4000", "1000"]

@@ -1,10 +1,12 @@
-"""The metric: the field's own number, from features of any number of processes, never under another's name."""
+"""The metrics: the field's own numbers, from features of any number of processes, never under another's name."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import urllib.error
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,20 +14,39 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
+from hrgan.apps.evaluate import Settings, evaluate_pair
 from hrgan.config import Config, DataConfig, EvalConfig, NetworkConfig
 from hrgan.data.dataset import Dataset, open_set
 from hrgan.data.stream import read_range
 from hrgan.errors import DataError, UserError
+from hrgan.metrics import evaluation
 from hrgan.metrics import extractor as extractors
-from hrgan.metrics.extractor import make_extractor, settle_weights
-from hrgan.metrics.frechet import Moments, evaluate, frechet, real_moments
+from hrgan.metrics.evaluation import Evaluated, evaluated
+from hrgan.metrics.extractor import RANDOM, Extractor, Settled, make_extractor, settle_weights
+from hrgan.metrics.features import Ranks, of_reals
+from hrgan.metrics.frechet import (
+    GROUPS,
+    Moments,
+    Reference,
+    at_infinity,
+    by_count,
+    frechet,
+    frechet_error,
+    frechet_rows,
+    infinity_error,
+)
+from hrgan.metrics.neighbours import nearest
+from hrgan.metrics.rows import best_row, provenance, values
+from hrgan.metrics.source import Part, Source, draw_labels, from_dataset, from_generator, mirrored, reference
 from hrgan.networks import make_generator
-from hrgan.noise import latents
 from hrgan.pictures import to_float, to_uint8
-from tests.conftest import Children
+from tests.conftest import Children, cli
 
 CPU = torch.device("cpu")
+RANDOM_CONV = Settled(RANDOM, None, False)
 
 
 def sets(shards: Path | str) -> Dataset:
@@ -42,12 +63,52 @@ def small(shards: Path, **eval_fields: Any) -> Config:
     return Config(
         data=DataConfig(path=str(shards), workers=0),
         network=NetworkConfig(resolution=16, latent=8, widths=[8, 8, 8]),
-        eval=EvalConfig(num_fake=70, **eval_fields),
+        eval=EvalConfig(**{"num_fake": 70, "kid_subset_size": 40, **eval_fields}),
     )
 
 
+def random_conv() -> Extractor:
+    return make_extractor(RANDOM_CONV, CPU)
+
+
+def of(
+    config: Config, shards: Path, generator: torch.nn.Module | None = None, folders: list[Path] | None = None
+) -> Evaluated:
+    """A small generator's evaluation."""
+    generator = generator or make_generator(config, 16, False, None)
+    real = reference(config, sets(shards), 16)
+    return evaluated(config, generator, 1.0, real, random_conv(), False, Ranks(), folders or [])
+
+
+def tensors(images: Tensor, labels: Tensor | None = None, classes: tuple[str, ...] = ()) -> Source:
+    """Pictures in memory as a source."""
+
+    def read(start: int, stop: int) -> Any:
+        for first in range(start, stop, 10):
+            places = torch.arange(first, min(first + 10, stop))
+            yield Part(images[places], places, None if labels is None else labels[places])
+
+    return Source("pictures", len(images), (16, 16), 16, read, "", classes)
+
+
+# Parity with torch-fidelity
+
+
 @pytest.fixture(scope="module")
-def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """41 pictures of one kind and 55 of another, in files."""
+    root = tmp_path_factory.mktemp("pair")
+    random = np.random.default_rng(0)
+    for name, count, level in (("a", 41, 90), ("b", 55, 160)):
+        (root / name).mkdir()
+        for number in range(count):
+            coarse = random.integers(0, level, size=(4, 4, 3)).repeat(8, 0).repeat(8, 1)
+            pixels = (coarse + random.integers(0, 90, size=(32, 32, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number:03d}.png")
+    return root / "a", root / "b"
+
+
+def random_inception(path: Path) -> Path:
     """FID's Inception with seeded random weights, saved as its own weights are."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception
 
@@ -59,67 +120,171 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
-    path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save(network.state_dict(), path)
     return path
 
 
-def measured(shards: str, weights: str, out: str) -> int:
-    """`evaluate` in the processes that this is called in; the first writes the row."""
-    from hrgan.engine import Engine
+def random_vgg(path: Path) -> Path:
+    import torchvision
 
-    config = small(Path(shards))
-    engine = Engine(config)
-    generator = make_generator(config, 16, False, None)
-    dataset = sets(shards)
-    row = evaluate(config, dataset, generator, 1.0, make_extractor(Path(weights), CPU), engine.rank, engine.world, [])
-    if engine.rank == 0:
-        Path(out).write_text(json.dumps(row))
-    engine.close()
+    torch.manual_seed(0)
+    torch.save(torchvision.models.vgg16().state_dict(), path)
+    return path
+
+
+def tiny_clip(path: Path) -> Path:
+    """A CLIP of one layer with seeded random weights, as TorchScript, as its own weights are."""
+    from torch_fidelity.feature_extractor_clip import CLIPVisual
+
+    torch.manual_seed(0)
+    network = CLIPVisual(16, 64, 1, 64, 32)
+    network.register_parameter("text_projection", torch.nn.Parameter(torch.randn(8, 16)))
+    network.forward = lambda x: network.visual(x)  # type: ignore[method-assign]
+    torch.jit.save(torch.jit.trace(network, torch.zeros(1, 3, 64, 64), strict=False), str(path))  # type: ignore[no-untyped-call]
+    return path
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_inception(tmp_path_factory.mktemp("weights") / "inception.pth")
+
+
+def measured(a: str, b: str, extractor: str, weights: str, out: str) -> int:
+    """`hrgan eval A B` in the processes that this is called in; the first writes the row."""
+    settings = Settings(
+        metrics=("kid", "isc", "prc"), extractor=extractor, weights=weights, kid_subset_size=30, workers=1, bootstrap=0
+    )
+    rows = evaluate_pair(a, b, settings)
+    if rows:
+        Path(out).write_text(json.dumps(rows[0]))
     return 0
 
 
 @pytest.mark.slow
-def test_fid_equals_torch_fidelity_s_own_on_one_and_on_two_processes(
-    inception: Path, shards: Path, tmp_path: Path, children: Children
+@pytest.mark.parametrize(
+    ("name", "make", "suffix"),
+    [
+        ("inception", random_inception, {"precision": "_inception", "recall": "_inception"}),
+        ("vgg16", random_vgg, {"fid": "_vgg16", "kid": "_vgg16", "isc": "_vgg16"}),
+        ("clip-vit-b-32", tiny_clip, dict.fromkeys(("fid", "kid", "isc", "precision", "recall"), "_clip_vit_b_32")),
+    ],
+    ids=["inception", "vgg16", "clip"],
+)
+def test_every_metric_equals_torch_fidelity_s_own_on_one_and_on_two_processes(
+    name: str,
+    make: Callable[[Path], Path],
+    suffix: dict[str, str],
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    children: Children,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import torch_fidelity
 
-    config = small(shards)
-    z = latents(0, 70, 8, config.seed, "eval")
-    with torch.no_grad():
-        fakes = to_uint8(make_generator(config, 16, False, None)(z, None, 1.0))
-    reals = torch.cat([batch.images for batch in read_range(sets(shards), 16, 0, 96)])
-
-    class Pictures(torch.utils.data.Dataset[torch.Tensor]):
-        def __init__(self, images: torch.Tensor) -> None:
-            self.images = images
-
-        def __len__(self) -> int:
-            return len(self.images)
-
-        def __getitem__(self, index: int) -> torch.Tensor:
-            return self.images[index]
-
+    weights = make(tmp_path / "weights.pt")
+    monkeypatch.setenv("HRGAN_CACHE", str(tmp_path / "cache"))
+    full = {"inception": "inception-v3-compat"}.get(name, name)
     theirs = torch_fidelity.calculate_metrics(
-        input1=Pictures(fakes), input2=Pictures(reals.contiguous()), fid=True, cuda=False, cache=False, verbose=False,
-        feature_extractor_weights_path=str(inception),
-    )["frechet_inception_distance"]  # fmt: skip
-    for world in (1, 2):
+        input1=str(folders[0]), input2=str(folders[1]), fid=True, kid=True, isc=True, prc=True, kid_subset_size=30,
+        cuda=False, cache=False, verbose=False, batch_size=16, feature_extractor=full,
+        feature_extractor_weights_path=str(weights),
+    )  # fmt: skip
+    cache = str(tmp_path / "cache")
+    for world in (2, 1):  # The second finds what the first kept of the reals.
         out = tmp_path / f"{world}.json"
-        code, output = children.run(tmp_path / "log", measured, str(shards), str(inception), str(out), world=world)
+        words = (*map(str, folders), name, str(weights), str(out))
+        code, output = children.run(tmp_path / "log", measured, *words, world=world, HRGAN_CACHE=cache)
         assert code == 0, output
         row = json.loads(out.read_text())
-        assert row["fid"] == pytest.approx(theirs, rel=1e-3)
-        assert (row["num_fake"], row["num_real"], row["extractor"]) == (70, 96, "inception-v3-compat")
+        plain = {"fid": "fd", "kid": "kd"}
+        for ours, key in (
+            ("fid", "frechet_inception_distance"),
+            ("kid", "kernel_inception_distance_mean"),
+            ("isc", "inception_score_mean"),
+            ("precision", "precision"),
+            ("recall", "recall"),
+        ):
+            found = row[f"{plain.get(ours, ours)}{suffix[ours]}" if ours in suffix else ours]
+            assert found == pytest.approx(theirs[key], rel=1e-3), (ours, world)
+        assert (row["num_fake"], row["num_real"], row["extractor"]) == (41, 55, full)
+
+
+def lengths(shards: str, out: str) -> int:
+    """The path length of a small generator by LPIPS, in the processes that this is called in."""
+    from hrgan.engine import join
+    from hrgan.metrics.ppl import path_length
+
+    rank, world, _ = join()
+    config = small(Path(shards), num_fake=19, batch=8, metrics=["ppl"])
+    generator = make_generator(config, 16, False, torch.bfloat16).eval()
+    settled = settle_weights(replace(config.eval, extractor="module:Class"), print)
+    assert settled.lpips
+    row = path_length(config, generator, 1.0, 16, random_conv(), settled.lpips, Ranks(rank, world))
+    if rank == 0:
+        Path(out).write_text(json.dumps(row))
+    return 0
+
+
+@pytest.mark.slow
+def test_path_length_equals_torch_fidelity_s_own_on_one_and_on_two_processes(
+    shards: Path, tmp_path: Path, children: Children, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch_fidelity
+    from torch_fidelity.sample_similarity_lpips import SampleSimilarityLPIPS
+
+    home = tmp_path / "hub" / "checkpoints"
+    home.mkdir(parents=True)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
+    random_vgg(home / extractors.URL_VGG16.rsplit("/", 1)[-1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SampleSimilarityLPIPS, "load_state_dict", lambda *arguments: None)
+        patch.setattr("torch_fidelity.sample_similarity_lpips.load_state_dict_from_url", lambda *a, **k: None)
+        lpips = SampleSimilarityLPIPS("lpips-vgg16")
+    own = {key: value.abs() for key, value in lpips.state_dict().items() if not key.startswith("net.")}
+    torch.save(own, home / extractors.URL_VGG16_LPIPS.rsplit("/", 1)[-1])
+
+    config = small(shards)
+    generator = make_generator(config, 16, False, None).eval()
+
+    class Model(torch.nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            images: Tensor = generator(z, None, 1.0)
+            return images.mul(127.5).add(127.5).clamp(0, 255)
+
+    # torch-fidelity 0.4.0 calls numpy's percentile by a name that numpy 2.4 has dropped.
+    percentile = np.percentile
+    monkeypatch.setattr(np, "percentile", lambda a, q, interpolation: percentile(a, q, method=interpolation))
+    theirs = torch_fidelity.calculate_metrics(
+        input1=torch_fidelity.GenerativeModelModuleWrapper(Model(), 8, "normal", 0), input1_model_num_samples=19,
+        ppl=True, ppl_sample_similarity_dtype="float32", cuda=False, verbose=False, batch_size=8,
+    )["perceptual_path_length_mean"]  # fmt: skip
+    for world in (1, 2):
+        out = tmp_path / f"{world}.json"
+        words = (str(shards), str(out))
+        code, output = children.run(tmp_path / "log", lengths, *words, world=world, TORCH_HOME=str(tmp_path))
+        assert code == 0, output
+        row = json.loads(out.read_text())
+        assert row["ppl"] == pytest.approx(theirs, rel=1e-3)
+        assert (row["extractor"], row["num_fake"], row["num_real"]) == ("lpips-vgg16", 19, 0)
+
+
+# Closed forms and brute force
+
+
+def moments_of(features: Tensor) -> Moments:
+    moments = Moments.zero(features.shape[1], CPU)
+    for part in torch.split(features, 7):
+        moments.add(part)
+    return moments
+
+
+def grouped(features: Tensor) -> list[Moments]:
+    return [moments_of(features[number::GROUPS]) for number in range(GROUPS)]
 
 
 def test_moments_are_numpy_s_mean_and_covariance() -> None:
     features = torch.randn(50, 6, dtype=torch.float64)
-    moments = Moments.zero(6, CPU)
-    for part in features.split(7):
-        moments.add(part)
-    statistics = moments.statistics()
+    statistics = moments_of(features).statistics()
     np.testing.assert_allclose(statistics["mu"], features.numpy().mean(0), rtol=1e-12)
     np.testing.assert_allclose(statistics["sigma"], np.cov(features.numpy(), rowvar=False), rtol=1e-10)
 
@@ -128,163 +293,573 @@ def test_the_distance_of_two_gaussians_is_the_closed_form() -> None:
     torch.manual_seed(0)
     a = torch.randn(200_000, 2, dtype=torch.float64) * torch.tensor([1.0, 2.0]) + torch.tensor([0.0, 3.0])
     b = torch.randn(200_000, 2, dtype=torch.float64) * torch.tensor([2.0, 1.0])
-    sets = [Moments.zero(2, CPU) for _ in range(2)]
-    for moments, features in zip(sets, (a, b), strict=True):
-        moments.add(features)
     # |mu_a - mu_b|^2 + sum (sigma_a - sigma_b)^2 for diagonal covariances
-    assert frechet(*sets) == pytest.approx(9 + 1 + 1, rel=0.01)
+    assert frechet(moments_of(a), moments_of(b)) == pytest.approx(9 + 1 + 1, rel=0.01)
+
+
+@pytest.mark.parametrize(("count", "other"), [(300, 400), (30, 400), (20, 25)])
+def test_the_fast_distances_are_torch_fidelity_s(count: int, other: int) -> None:
+    """With more samples than features, with fewer on one side, and with fewer on both."""
+    torch.manual_seed(0)
+    mix = torch.randn(64, 64, dtype=torch.float64)
+    a, b = torch.randn(count, 64, dtype=torch.float64) @ mix + 0.5, torch.randn(other, 64, dtype=torch.float64) @ mix
+    expected = frechet(moments_of(a), moments_of(b))
+    assert Reference(moments_of(b)).distance(moments_of(a)) == pytest.approx(expected, rel=1e-4)
+    assert frechet_rows(a, b) == pytest.approx(expected, rel=1e-4)
+
+
+def test_errors_are_the_spread_of_repeated_draws_and_infinity_is_the_limit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(24, 24, dtype=torch.float64, generator=generator) / 5
+
+    def draw(count: int) -> Tensor:
+        return torch.randn(count, 24, dtype=torch.float64, generator=generator) @ mix
+
+    reference = Reference(moments_of(draw(20_000)))
+    found, errors, limits, limit_errors = [], [], [], []
+    for seed in range(30):
+        groups = grouped(draw(600) + 0.1)
+        found.append(reference.distance(moments_of(torch.empty(0, 24)) + sum(groups[1:], groups[0])))
+        errors.append(frechet_error(groups, reference, 16, seed))
+        limits.append(at_infinity(by_count(groups, reference)))
+        limit_errors.append(infinity_error(groups, reference))
+    assert 0.7 < np.mean(errors) / np.std(found) < 1.5  # type: ignore[arg-type]
+    assert 0.6 < np.mean(limit_errors) / np.std(limits) < 2
+    truth = reference.distance(moments_of(draw(400_000) + 0.1))
+    assert abs(np.mean(limits) - truth) < 0.15 * abs(np.mean(found) - truth)
+
+
+def brute_kid(a: np.ndarray, b: np.ndarray) -> float:
+    """The unbiased estimate over all pairs."""
+    kernel = lambda x, y: (x @ y / len(x) + 1) ** 3  # noqa: E731
+    same = sum(np.mean([kernel(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j]) for s in (a, b))
+    return float(same - 2 * np.mean([kernel(x, y) for x in a for y in b]))
+
+
+def brute_precision(fake: np.ndarray, real: np.ndarray) -> float:
+    """Share of `fake` within the third-neighbour ball of any of `real`."""
+    inside = 0
+    for point in fake:
+        for centre in real:
+            radius = sorted(np.linalg.norm(centre - other) for other in real)[3]
+            if np.linalg.norm(point - centre) <= radius:
+                inside += 1
+                break
+    return inside / len(fake)
+
+
+class Passing(torch.nn.Module):
+    """The first twelve values of a picture are its features."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :12].float() / 255
+
+
+def passing() -> Extractor:
+    return Extractor("tests:Passing", "0", "none", 12, Passing(), CPU)
+
+
+def test_kid_precision_recall_and_authenticity_are_those_by_brute_force() -> None:
+    generator = torch.Generator().manual_seed(0)
+    fakes = torch.randint(0, 200, (23, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    reals = torch.randint(40, 256, (31, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    fakes[5] = reals[7]  # A copy.
+    config = Config(eval=EvalConfig(metrics=["kid", "prc", "memorization"], kid_subset_size=23))
+    (row,) = evaluation.measure(config, tensors(fakes), tensors(reals), passing(), Ranks(), []).rows
+    a, b = ((images.flatten(1)[:, :12].double() / 255).numpy() for images in (fakes, reals))
+    # Subsets of 23 of 31: the mean over them scatters around that over all pairs.
+    spread = row["kd_passing_error"] * math.sqrt(23 / 23)
+    assert row["kd_passing"] == pytest.approx(brute_kid(a, b), abs=3 * spread + 1e-4)
+    assert row["precision_passing"] == pytest.approx(brute_precision(a, b), abs=1e-6)
+    assert row["recall_passing"] == pytest.approx(brute_precision(b, a), abs=1e-6)
+    new = 0
+    for point in a:
+        distances = [float(np.linalg.norm(point - other)) for other in b]
+        near = int(np.argmin(distances))
+        new += distances[near] > sorted(float(np.linalg.norm(b[near] - other)) for other in b)[1]
+    assert row["authenticity_passing"] == pytest.approx(new / 23, abs=1e-6)
+    share = row["precision_passing"]
+    assert row["precision_passing_error"] == pytest.approx(math.sqrt(share * (1 - share) / 23))
+
+
+def test_copies_are_not_authentic_and_new_pictures_of_the_kind_are_half_so() -> None:
+    generator = torch.Generator().manual_seed(0)
+    reals = torch.randn(400, 8, generator=generator)
+    assert nearest(reals[:50], reals, CPU).authenticity == 0
+    assert 0.4 < nearest(torch.randn(400, 8, generator=generator), reals, CPU).authenticity < 0.75
+    far = nearest(reals[3:4] + 1e-4, reals, CPU)
+    assert (far.reals[0, 0], far.reals.shape) == (3, (1, 5))
+
+
+def test_distances_by_class_are_those_of_each_class_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 256, (60, 3, 16, 16), generator=generator, dtype=torch.uint8) for _ in range(2)]
+    # The two sides number the classes differently, and each has one of its own.
+    names = [("hat", "shoe", "sock"), ("cap", "hat", "shoe")]
+    labels = [torch.arange(60) % 3, torch.arange(60) % 3]
+    sides = [tensors(*pair) for pair in zip(images, labels, names, strict=True)]
+    config = Config(eval=EvalConfig(metrics=["class_fid"]))
+    (row,) = evaluation.measure(config, sides[0], sides[1], passing(), Ranks(), []).rows
+    features = [(side.flatten(1)[:, :12].double() / 255) for side in images]
+    expected = {
+        "hat": frechet(moments_of(features[0][labels[0] == 0]), moments_of(features[1][labels[1] == 1])),
+        "shoe": frechet(moments_of(features[0][labels[0] == 1]), moments_of(features[1][labels[1] == 2])),
+    }
+    assert row["class_fd_passing_by_class"] == pytest.approx(expected, rel=1e-4)
+    assert row["class_fd_passing"] == pytest.approx(sum(expected.values()) / 2, rel=1e-4)
+    assert 0 < row["class_fd_passing_error"] < row["class_fd_passing"]
+
+
+# What a row says
 
 
 def test_without_inception_the_number_is_never_called_fid(shards: Path) -> None:
-    config = small(shards, extractor="random")
-    generator = make_generator(config, 16, False, None)
-    extractor = make_extractor(settle_weights(config.eval, print), CPU)
-    row = evaluate(config, sets(shards), generator, 1.0, extractor, 0, 1, [])
+    (row,) = of(small(shards), shards).rows
     assert "fid" not in row
     assert row["fd_random"] > row["fd_random_floor"] > 0
-    provenance = {"extractor", "extractor_sha256", "resize", "num_fake", "num_real", "real_set", "seconds"}
-    assert set(row) == {"resolution", "fd_random", "fd_random_floor"} | provenance
+    numbers = {"fd_random", "fd_random_error", "fd_random_floor"}
+    assert set(row) == numbers | {
+        "resolution", "extractor", "extractor_sha256", "resize", "num_fake", "num_real", "real_set", "mirror",
+        "truncation", "seed", "labels", "seconds",
+    }  # fmt: skip
+    assert (row["num_fake"], row["num_real"], row["truncation"], row["labels"]) == (70, 96, 1.0, "none")
 
 
-def test_the_random_extractor_is_the_same_network_everywhere() -> None:
-    extractor = make_extractor(None, CPU)
-    assert extractor.sha256 == "29adc89956443a04ac1eed84e884c8fba8fa36a17f8f5712d28efbcca4ffd5e2"
-    grey = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    torch.testing.assert_close(extractor.features(grey), extractor.features(grey.expand(-1, 3, -1, -1)))
+def test_every_metric_has_an_error_and_is_named_by_its_extractor(shards: Path) -> None:
+    metrics = ["fid_infinity", "kid", "isc", "prc", "memorization", "ppl"]
+    found = of(small(shards, metrics=metrics), shards)
+    row, lengths = found.rows
+    names = ("fd", "fd_infinity", "kd", "isc", "precision", "recall", "authenticity")
+    for name in names:
+        assert row[f"{name}_random_error"] is not None, name
+    assert set(values(row)) == {f"{name}_random" for name in names}
+    assert list(map(int, row["fd_random_at"]))[-1] == 70
+    assert row["fd_infinity_random"] < row["fd_random"]
+    assert lengths["ppl_random"] > 0
+    assert found.neighbours is not None
+    assert found.neighbours.shape == (3, 8 * 66 - 2, 6 * 66 - 2)
+
+
+def test_numbers_of_another_provenance_are_never_best_or_comparable() -> None:
+    def row(nimg: int, value: float | None, resolution: int = 32, **other: Any) -> dict[str, Any]:
+        about = {"extractor": "a", "num_fake": 100, "num_real": 50, "mirror": False}
+        return {"nimg": nimg, "resolution": resolution, "fid": value, "fid_floor": 1.0, **about, **other}
+
+    assert best_row([]) is None
+    assert best_row([row(1, 0.1, 16), row(2, 9.0), row(3, 8.0), row(4, None)]) == row(3, 8.0)
+    fewer = [row(2, 9.0), row(3, 8.0), row(5, 1.0, num_fake=10)]
+    assert best_row(fewer) == row(3, 8.0)  # Most rows have 100.
+    assert best_row([*fewer, row(6, 2.0, num_fake=10)]) == row(5, 1.0, num_fake=10)  # As many: those measured last.
+    for key in ("extractor", "num_fake", "num_real", "mirror", "resolution", "real_set", "truncation", "resize"):
+        assert provenance(row(1, 1.0)) != provenance({**row(1, 1.0), key: "other"})
+    assert provenance(row(1, 1.0)) == provenance({**row(2, 3.0), "seconds": 9, "seed": 8})
+
+
+def test_a_broken_generator_gets_no_number(shards: Path) -> None:
+    config = small(shards, metrics=["kid", "isc", "prc", "memorization", "fid_infinity", "ppl"])
+    generator = make_generator(config, 16, False, None)
+    with torch.no_grad():
+        generator.to_rgb["16"].bias.fill_(float("nan"))
+    row, lengths = of(config, shards, generator).rows
+    assert {value.value for value in values(row).values()} == {None}
+    assert lengths["ppl_random"] is None
+    assert row["fd_random_floor"] > 0
+    json.dumps([row, lengths], allow_nan=False)
 
 
 def test_evaluation_leaves_the_training_mode_and_the_random_state(shards: Path) -> None:
-    config = small(shards, extractor="random")
+    config = small(shards)
     generator = make_generator(config, 16, False, None).train()
     state = torch.get_rng_state()
-    evaluate(config, sets(shards), generator, 1.0, make_extractor(None, CPU), 0, 1, [])
+    of(config, shards, generator)
     assert generator.training
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_a_broken_generator_gets_no_number(shards: Path) -> None:
-    config = small(shards, extractor="random")
-    generator = make_generator(config, 16, False, None)
-    with torch.no_grad():
-        generator.to_rgb["16"].bias.fill_(float("nan"))
-    extractor = make_extractor(None, CPU)
-    row = evaluate(config, sets(shards), generator, 1.0, extractor, 0, 1, [])
-    assert row["fd_random"] is None
-    assert row["fd_random_floor"] > 0
+# Sources
 
 
-def test_real_statistics_are_cached_and_rebuilt_when_anything_differs(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
+def test_labels_are_drawn_as_often_as_in_the_reals_whatever_the_processes() -> None:
+    labels = draw_labels([0.7, 0.0, 0.3], 0, 2000, 5)
+    parts = [draw_labels([0.7, 0.0, 0.3], start, stop, 5) for start, stop in ((0, 3), (3, 2000))]
+    assert torch.equal(labels, torch.cat(parts))
+    counts = torch.bincount(labels, minlength=3)
+    assert counts[1] == 0
+    assert abs(int(counts[0]) - 1400) < 3 * math.sqrt(2000 * 0.7 * 0.3)
+
+
+def test_a_conditional_generator_is_given_these_labels(shards: Path) -> None:
+    seen = []
+
+    class Conditional(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, z: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
+            seen.append(labels)
+            return torch.zeros(len(z), 3, 16, 16)
+
+    source = from_generator(small(shards), Conditional(), 1.0, 16, "it", {"hat": 0.5, "shoe": 0.5})
+    parts = list(source.read(0, 70))
+    assert source.classes == ("hat", "shoe")
+    assert source.labels == "drawn as often as in the reals"
+    assert torch.equal(torch.cat([part.labels for part in parts]), torch.cat(seen))
+    assert set(torch.cat(seen).tolist()) == {0, 1}
+
+
+def test_a_mirrored_reference_has_each_picture_flipped_too_on_any_number_of_processes(shards: Path) -> None:
+    config = small(shards)
+    plain = from_dataset(config, sets(shards), 16)
+    both = mirrored(plain)
+    images = torch.cat([part.images for part in plain.read(0, 96)])
+    parts = [*both.read(0, 65), *both.read(65, 192)]  # A border in the middle of a pair.
+    assert torch.cat([part.places for part in parts]).tolist() == list(range(192))
+    assert torch.equal(torch.cat([part.images for part in parts])[0::2], images)
+    assert torch.equal(torch.cat([part.images for part in parts])[1::2], images.flip(3))
+    reals = of_reals(both, random_conv(), Ranks(), [], rows=True)
+    # A picture and its flipped copy are in the same half, or the floor would be that of copies.
+    assert (reals.count, reals.half(0, both).count) == (192, 96)
+    assert len(reals.half(0, both).rows) == 96  # type: ignore[arg-type]
+    assert frechet(*reals.groups) > 0.1 * frechet(*of_reals(plain, random_conv(), Ranks(), []).groups)
+
+
+def test_grey_and_transparent_pictures_look_to_extractors_as_they_do_to_people() -> None:
+    extractor = random_conv()
+    grey = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    torch.testing.assert_close(extractor.features(grey), extractor.features(grey.expand(-1, 3, -1, -1)))
+    clear = torch.zeros(1, 4, 16, 16, dtype=torch.uint8)
+    white = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
+    torch.testing.assert_close(extractor.features(clear), extractor.features(white))
+
+
+def test_pictures_round_to_the_nearest_and_back() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(to_uint8(to_float(levels)), levels)
+    assert to_uint8(torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2)).flatten().tolist() == [0, 255]
+    deep = torch.tensor([100, 1100, 2100], dtype=torch.uint16).view(1, 1, 1, 3)
+    assert to_uint8(to_float(deep, (100, 2100))).flatten().tolist() == [0, 128, 255]
+
+
+# Statistics of the reals
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Calls that read a set."""
+    calls: list[Any] = []
 
     def counting(*arguments: Any, **keywords: Any) -> Any:
         calls.append(arguments)
         return read_range(*arguments, **keywords)
 
-    monkeypatch.setattr("hrgan.metrics.frechet.read_range", counting)
-    dataset, extractor = sets(shards), make_extractor(None, CPU)
+    monkeypatch.setattr("hrgan.metrics.source.read_range", counting)
+    return calls
+
+
+def test_real_statistics_are_kept_and_made_anew_when_anything_differs(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, dataset, extractor = counted(monkeypatch), sets(shards), random_conv()
 
     def made(
-        resolution: int = 16,
-        count: int | None = None,
-        real_set: str = dataset.real_set,
-        sha256: str = extractor.sha256,
+        rows: bool = False, dataset: Dataset = dataset, resolution: int = 16, sha256: str = "", **fields: Any
     ) -> bool:
         """Whether the statistics were made anew."""
         before = len(calls)
-        config = small(shards, num_real=count)
-        real_moments(
-            config,
-            named(dataset, real_set),
-            resolution,
-            replace(extractor, sha256=sha256),
-            0,
-            1,
-            [tmp_path],
-        )
+        source = reference(small(shards, **fields), dataset, resolution)
+        of_reals(source, replace(extractor, sha256=sha256), Ranks(), [tmp_path], rows=rows)
         return len(calls) > before
 
     assert made()
     assert not made()
+    assert made(rows=True)
+    assert not made(rows=True)
+    assert not made()
     assert made(resolution=32)
-    assert made(count=50)
-    assert made(real_set="other")
+    assert made(num_real=50)
+    assert made(mirror=True)
+    assert made(dataset=named(dataset, "other"))
     assert made(sha256="other")
-    assert not made(count=50)
-    cached = real_moments(small(shards), dataset, 16, extractor, 0, 1, [tmp_path])
-    fresh = real_moments(small(shards), dataset, 16, extractor, 0, 1, [])
-    for half in ("even", "odd"):
-        assert all(map(torch.equal, vars(getattr(cached, half)).values(), vars(getattr(fresh, half)).values()))
-    assert (cached.even.count, cached.odd.count) == (48, 48)
+    assert not made(num_real=50)
+    source = reference(small(shards), dataset, 16)
+    plain = replace(extractor, sha256="")
+    kept, fresh = (of_reals(source, plain, Ranks(), folders, rows=True) for folders in ([tmp_path], []))
+    for half, other in zip(kept.groups, fresh.groups, strict=True):
+        assert all(map(torch.equal, vars(half).values(), vars(other).values()))
+    assert kept.rows is not None
+    assert torch.equal(kept.rows, fresh.rows)  # type: ignore[arg-type]
+    assert [int(group.count) for group in kept.groups] == [48, 48]
 
 
-def test_a_real_sample_that_cannot_be_read_is_left_out_counted_and_not_cached(
+def test_a_second_evaluation_pays_nothing_for_the_reals(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(shards, metrics=["kid", "prc"])
+    first = of(config, shards, folders=[tmp_path]).rows[0]
+    calls, floors = counted(monkeypatch), []
+    monkeypatch.setattr(evaluation, "frechet", lambda a, b: floors.append(1) or frechet(a, b))
+    second = of(config, shards, folders=[tmp_path]).rows[0]
+    assert calls == []
+    assert len(floors) == 1  # The distance itself; the floor was kept.
+    assert {**first, "seconds": 0} == {**second, "seconds": 0}
+
+
+def test_damaged_statistics_are_made_anew_and_said(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, extractor = reference(small(shards), sets(shards), 16), random_conv()
+    good = of_reals(source, extractor, Ranks(), [tmp_path])
+    (path,) = tmp_path.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    again = of_reals(source, extractor, Ranks(), [tmp_path])
+    assert "is damaged" in capsys.readouterr().err
+    assert torch.equal(good.groups[0].outer, again.groups[0].outer)
+    assert len(path.read_bytes()) > 1000
+
+
+def test_a_real_sample_that_cannot_be_read_is_left_out_counted_and_not_kept(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(shards, copy)
+    shutil.copytree(shards, copy, ignore=shutil.ignore_patterns("stats"))
     tar = sorted((copy / "16").glob("*.tar"))[0]
     content = bytearray(tar.read_bytes())
     content[600] ^= 1  # In the first picture: the first header takes 512 bytes.
     tar.write_bytes(content)
-    config, dataset = small(copy, extractor="random"), sets(copy)
-    generator, extractor = make_generator(config, 16, False, None), make_extractor(None, CPU)
-    row = evaluate(config, dataset, generator, 1.0, extractor, 0, 1, [tmp_path / "cache"])
+    config = small(copy, metrics=["kid"])
+    (row,) = of(config, copy, folders=[tmp_path / "cache"]).rows
     assert row["num_real"] == 95
     assert "sample 000000000: crc32 is" in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
     strict = replace(config, data=replace(config.data, max_bad=0.0))
-    with pytest.raises(DataError, match=r"1 of 96 real samples at 16² cannot be read, more than data.max_bad 0"):
-        evaluate(strict, dataset, generator, 1.0, extractor, 0, 1, [])
+    with pytest.raises(DataError, match=r"1 of 96 pictures cannot be read, more than 0 of them"):
+        of(strict, copy)
 
 
-# Weights, settled at launch
+@pytest.mark.slow
+def test_fid_of_50_000_pictures_stays_under_a_gigabyte(tmp_path: Path, children: Children) -> None:
+    code, output = children.run(tmp_path / "log", many_features, str(tmp_path / "peak"))
+    assert code == 0, output
+    assert int((tmp_path / "peak").read_text()) < 1000, output
+
+
+def many_features(out: str) -> int:
+    """50,000 features of 2,048 through `measure`; the most memory that this took beyond the imports, in MB."""
+    import resource
+
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    class Wide(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1).float().repeat(1, 3)[:, :2048]
+
+    blank = torch.randint(0, 256, (100, 3, 16, 16), dtype=torch.uint8)
+
+    def read(start: int, stop: int) -> Any:
+        for first in range(start, stop, 100):
+            yield Part(blank, torch.arange(first, first + 100), None)
+
+    sides = [Source("pictures", count, (16, 16), 16, read, "") for count in (50_000, 2000)]
+    config = Config(eval=EvalConfig(bootstrap=2))
+    evaluation.measure(config, sides[0], sides[1], Extractor("t:Wide", "", "", 2048, Wide(), CPU), Ranks(), [])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    Path(out).write_text(str((peak - before) // 10**6))
+    return 0
+
+
+# Two sides at the command line
+
+
+def run_cli(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    assert cli("eval", *map(str, words), "--workers", "0") == 0
+    row: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return row
+
+
+def test_any_two_sides_are_compared(
+    shards: Path, folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HRGAN_CACHE", str(tmp_path / "cache"))
+    own = ("--extractor", "random")
+    row = run_cli(capsys, *folders, *own)
+    assert (row["num_fake"], row["num_real"], row["resolution"]) == (41, 55, 32)
+    assert row["fd_random"] > 1.5 * row["fd_random_floor"]
+    assert run_cli(capsys, folders[1], folders[1], *own)["fd_random"] == pytest.approx(0, abs=1e-3)
+    row = run_cli(capsys, shards, shards, *own, "--resolution", "16", "--count", "50")
+    assert (row["resolution"], row["num_fake"], row["num_real"]) == (16, 50, 96)
+    row = run_cli(capsys, folders[0], shards, *own)  # Brought to the set's largest tier.
+    assert (row["resolution"], row["real_set"]) == (32, sets(shards).real_set)
+    assert run_cli(capsys, folders[0], folders[1], *own, "--resolution", "16")["resolution"] == 16
+    assert run_cli(capsys, folders[0], shards, *own, "--mirror")["num_real"] == 192
+    assert run_cli(capsys, shards, folders[0], *own)["num_real"] == 41
+
+
+def test_bad_sides_get_one_line(
+    shards: Path, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ("--extractor", "random", "--workers", "0")
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "one" / "a.png")
+    (tmp_path / "mixed").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "mixed" / "a.png")
+    Image.new("RGB", (48, 32)).save(tmp_path / "mixed" / "b.png")
+    (tmp_path / "large").mkdir()
+    for name in "ab":
+        Image.new("RGB", (64, 64)).save(tmp_path / "large" / f"{name}.png")
+    (tmp_path / "broken").mkdir()
+    for name in "ab":
+        (tmp_path / "broken" / f"{name}.png").write_bytes(b"no picture")
+    (tmp_path / "empty").mkdir()
+    a, b = folders
+    for words, code, line in (
+        ((a,), 2, "--data: needed to measure"),
+        ((tmp_path / "one", b), 4, f"{tmp_path / 'one'}: 1 picture, expected at least 2"),
+        ((tmp_path / "empty", b), 2, "neither a run, a checkpoint, shards nor a folder with pictures"),
+        ((tmp_path / "mixed", b), 2, f"{tmp_path / 'mixed' / 'b.png'}: 48x32 pixels, but"),
+        ((tmp_path / "large", b), 2, "sizes that differ: 64x64 of"),
+        ((tmp_path / "broken", b), 4, "the first picture of the folder must be readable"),
+        ((a, shards, "--resolution", "64"), 2, "sizes that differ: 64² is asked for"),
+        ((a, b, "--metrics", "kid"), 2, "kid needs at least 1000 pictures, but there are 41 of"),
+        ((a, b, "--metrics", "isc", "--count", "5"), 2, "isc needs at least 10 pictures, but there are 5 of"),
+        ((a, b, "--metrics", "ppl"), 2, "ppl needs a generator"),
+        ((a, b, "--metrics", "class_fid"), 2, "class_fid needs classes that both sides have"),
+        ((a, b, "--metrics", "fod"), 2, "eval.metrics: fod is none of"),
+        ((a, b, "--extractor", "incepton"), 2, "nearest: inception"),
+        ((a, b, "--count", "1"), 2, "--count: 1 is below the least, 2"),
+    ):
+        assert cli("eval", *map(str, words), *(own if "--extractor" not in words else own[2:])) == code, words
+        error = capsys.readouterr().err
+        assert line in error, words
+        assert "Traceback" not in error
+
+
+# Extractors and their weights, settled at launch
 
 
 def offline(*arguments: Any, **keywords: Any) -> None:
     raise urllib.error.URLError("Network is unreachable")
 
 
-def test_inception_without_weights_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where torch's cache is, empty and not to be filled."""
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["inception", "vgg16", "clip-vit-b-32"])
+def test_an_extractor_without_weights_is_refused_with_the_remedy(name: str, no_network: Path) -> None:
     with pytest.raises(
-        UserError,
-        match=r"fetch http.*pth elsewhere and put it at .*checkpoints/.*, or name it with --eval.weights FILE",
+        UserError, match=r"fetch http.* elsewhere and put it at .*checkpoints/.*, or name it with --eval.weights FILE"
     ):
-        settle_weights(EvalConfig(extractor="inception"), print)
+        settle_weights(EvalConfig(extractor=name), print)
 
 
-def test_auto_without_weights_goes_on_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
-    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+def test_ppl_without_lpips_is_refused_with_the_remedy(no_network: Path) -> None:
+    with pytest.raises(UserError, match=r"eval.metrics: ppl needs LPIPS's weights.*vgg16-397923af.pth"):
+        settle_weights(EvalConfig(extractor="module:Class", metrics=["ppl"]), print)
+    assert settle_weights(EvalConfig(extractor="random", metrics=["ppl"]), print) == Settled(RANDOM, None, False)
+
+
+def test_dinov2_is_taken_from_torch_s_cache_alone(no_network: Path) -> None:
+    with pytest.raises(UserError, match=r"facebookresearch_dinov2_main is missing.*torch.hub.load"):
+        settle_weights(EvalConfig(extractor="dinov2-vit-s-14"), print)
+    code = no_network / "facebookresearch_dinov2_main"
+    code.mkdir()
+    weights = no_network / "checkpoints" / "dinov2_vits14_pretrain.pth"
+    weights.parent.mkdir()
+    weights.write_bytes(b"weights")
+    assert settle_weights(EvalConfig(extractor="dinov2-vit-s-14"), print) == Settled("dinov2-vit-s-14", weights, False)
+
+
+def test_auto_without_weights_goes_on_and_says_so_once(no_network: Path) -> None:
     said: list[str] = []
-    assert settle_weights(EvalConfig(extractor="auto"), said.append) is None
+    assert settle_weights(EvalConfig(extractor="auto"), said.append) == RANDOM_CONV
     assert sum("fd_random" in line for line in said) == 1
 
 
 def test_weights_that_are_there_are_used(inception: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert settle_weights(EvalConfig(extractor="auto", weights=str(inception)), print) == inception
+    settled = Settled("inception-v3-compat", inception, False)
+    assert settle_weights(EvalConfig(extractor="auto", weights=str(inception)), print) == settled
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     cached = extractors.cached_weights()
     cached.parent.mkdir()
     cached.write_bytes(inception.read_bytes())
-    assert settle_weights(EvalConfig(extractor="inception"), print) == cached
+    assert settle_weights(EvalConfig(extractor="inception"), print).weights == cached
 
 
 @pytest.mark.parametrize("content", [b"not weights", None])
-def test_a_file_that_is_no_weights_is_refused_at_launch(content: bytes | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["auto", "vgg16"])
+def test_a_file_that_is_no_weights_is_refused_at_launch(name: str, content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     if content is None:
         torch.save({"other.weight": torch.zeros(1)}, path)
     else:
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"eval\.weights"):
-        settle_weights(EvalConfig(weights=str(path)), print)
+        settle_weights(EvalConfig(extractor=name, weights=str(path)), print)
 
 
-def test_pictures_round_to_the_nearest_and_back() -> None:
-    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert torch.equal(to_uint8(to_float(values)), values)
-    assert to_uint8(torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2)).flatten().tolist() == [0, 255]
+def test_weights_of_the_wrong_shapes_are_refused_at_launch(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"features.0.weight": torch.zeros(1), "classifier.6.weight": torch.zeros(1)}, path)
+    settled = settle_weights(EvalConfig(extractor="vgg16", weights=str(path)), print)
+    with pytest.raises(UserError, match=r"eval.weights: .*weights.pth is not vgg16's"):
+        make_extractor(settled, CPU)
+
+
+def test_the_random_extractor_is_the_same_network_everywhere() -> None:
+    assert random_conv().sha256 == "29adc89956443a04ac1eed84e884c8fba8fa36a17f8f5712d28efbcca4ffd5e2"
+
+
+class Means(torch.nn.Module):
+    """A user's own extractor: the mean of each channel and of its square."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float() / 255 * self.scale
+        return torch.cat([x.mean((2, 3)), x.square().mean((2, 3))], 1)
+
+
+class Wrong(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
+def test_a_user_s_own_extractor_is_a_class_or_a_torchscript(tmp_path: Path, shards: Path) -> None:
+    path = tmp_path / "means.pt"
+    torch.jit.save(torch.jit.script(Means()), str(path))  # type: ignore[no-untyped-call]
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    found = {}
+    for name in ("tests.test_metrics:Means", str(path)):
+        extractor = make_extractor(settle_weights(EvalConfig(extractor=name), print), CPU)
+        assert (extractor.size, extractor.called("fd"), len(extractor.sha256)) == (6, "fd_means", 64)
+        assert extractor.name == name
+        found[name] = extractor.features(images)
+    torch.testing.assert_close(*found.values())
+    # Other weights are another extractor.
+    torch.save({"scale": torch.tensor(3.0)}, tmp_path / "weights.pth")
+    config = EvalConfig(extractor="tests.test_metrics:Means", weights=str(tmp_path / "weights.pth"))
+    other = make_extractor(settle_weights(config, print), CPU)
+    assert other.sha256 != make_extractor(settle_weights(replace(config, weights=None), print), CPU).sha256
+    assert not torch.allclose(other.features(images), found[str(path)])
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("tests.test_metrics:Nothing", "cannot be made"),
+        ("no_such_module:Means", "cannot be made"),
+        ("tests.test_metrics:Wrong", r"makes \(2, 3, 64, 64\) of 2 pictures, expected finite features \(2, D\)"),
+        ("torch.nn:Linear", "cannot be made"),
+        ("missing.pt", "cannot be read as TorchScript"),
+    ],
+)
+def test_an_extractor_that_does_not_fit_is_refused_at_launch(name: str, line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        make_extractor(settle_weights(EvalConfig(extractor=name), print), CPU)

@@ -580,3 +580,54 @@ def test_a_full_disk_in_a_save_is_one_clear_line_and_earlier_checkpoints_stay(
         assert not list(run.glob("checkpoints/.writing-*"))
     finally:
         os.system(f"umount {run}")
+
+
+# Evaluations within their share of the time
+
+
+def test_evaluations_that_take_too_much_of_the_run_are_left_out_but_the_last(
+    reference: tuple[Path, Path], tmp_path: Path, children: Children
+) -> None:
+    config, expected = reference
+    run = tmp_path / "run"
+    code, output = children.run(tmp_path / "log", train, str(config), str(run), "--eval.max_share", "1e-9")
+    assert code == 0, output
+    # What the first takes, a single round, cannot be foreseen.
+    assert [row["nimg"] for row in records(run, "metrics.jsonl")] == [32, 160]
+    assert "evaluation at 0.096 kimg left out: " in output
+    assert "eval.max_share 1e-09 leaves 0.0 s of" in output
+    assert_same_weights(run, expected)
+
+
+def with_slow_features(config: str, run: str, *words: str) -> int:
+    from hrgan.metrics.extractor import RandomConv
+
+    original = RandomConv.forward
+
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        time.sleep(0.1)
+        return original(self, x)
+
+    RandomConv.forward = forward  # type: ignore[method-assign]
+    return train(config, run, *words)
+
+
+def test_an_evaluation_that_turns_out_too_dear_is_given_up_at_once(
+    reference: tuple[Path, Path], tmp_path: Path, children: Children
+) -> None:
+    """200 rounds of a tenth of a second would take most of a run of some seconds."""
+    config, _ = reference
+    run, words = tmp_path / "run", ("--eval.max_share", "0.4", "--eval.num_fake", "800", "--eval.batch", "4")
+    code, output = children.run(
+        tmp_path / "log", with_slow_features, str(config), str(run), *words, "--schedule.total_kimg", "0.1", world=2
+    )
+    assert code == 0, output
+    assert "evaluation at 0.032 kimg left out: it would take about 1" in output  # 100 rounds on two processes.
+    assert [row["nimg"] for row in records(run, "metrics.jsonl")] == [112]
+    progress = json.loads((run / "checkpoints" / "112" / "state.json").read_text())["progress"]
+    assert progress["eval_seconds"] > 10  # The last is made whatever it takes.
+
+
+def assert_same_weights(run: Path, expected: Path) -> None:
+    a, b = final_tensors(run), final_tensors(expected)
+    assert all(torch.equal(a[name], b[name]) for name in b)

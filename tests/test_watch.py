@@ -8,16 +8,19 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+import torch
 
-from hrgan.apps import evaluate
-from hrgan.monitor.log import append, drop_after, read_rows, summary
+from hrgan.apps import follow
+from hrgan.monitor.log import add_row, append, drop_after, read_rows, summary
 from tests.conftest import TINY, Children, cli
 from tests.test_train import train
 
@@ -43,15 +46,15 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 def rows(run: Path) -> list[dict[str, Any]]:
     """Every line of metrics.jsonl; fails on one that is not whole."""
+    if not (run / "metrics.jsonl").exists():
+        return []
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_each_checkpoint_gets_one_row_the_newest_first(run: Path) -> None:
-    best = (run / "best").read_text()
     assert cli("eval", run, "--watch") == 0
     assert [row["nimg"] for row in rows(run)] == MEASURED + [nimg for nimg in reversed(ALL) if nimg not in MEASURED]
     assert {tuple(row) for row in rows(run)} == {tuple(rows(run)[0])}  # The keys of the training's own rows.
-    assert (run / "best").read_text() == best
     assert cli("eval", run, "--watch") == 0
     assert len(rows(run)) == 10
     assert cli("eval", run, "--watch", "--count", "20") == 0
@@ -67,23 +70,46 @@ def test_its_number_is_the_one_that_the_training_would_have_written(run: Path) -
     assert {nimg: measured[nimg] for nimg in own} == pytest.approx(own, rel=1e-6)
 
 
-def test_none_is_measured_twice_where_reals_cannot_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "count_real", lambda *arguments: 97)  # One more than the 96 that rows then say.
+def test_it_points_best_at_the_best_of_the_largest_resolution_and_the_training_keeps_it(
+    run: Path, children: Children, tmp_path: Path
+) -> None:
+    assert (run / "best").read_text() == "160\n"  # The only one at 16² that the training measured.
     assert cli("eval", run, "--watch") == 0
-    assert [row["nimg"] for row in rows(run)] == [*MEASURED, *reversed(ALL)]
+    last = {row["nimg"]: row["fd_random"] for row in rows(run) if row["resolution"] == 16}
+    best = min(last, key=lambda nimg: last[nimg])
+    assert set(last) == {112, 128, 144, 160}
+    assert best != 160
+    assert (run / "best").read_text() == f"{best}\n"
+    # Going on with fewer checkpoints kept: the best one stays.
+    (run / "FINISHED").unlink()
+    config = run.parent / "longer.yaml"
+    text = (run / "config.yaml").read_text()
+    config.write_text(text.replace("total_kimg: 0.16", "total_kimg: 0.192").replace("keep: 12", "keep: 2"))
+    code, output = children.run(tmp_path / "log", train, str(config), str(run))
+    assert code == 0, output
+    kept = sorted(int(path.name) for path in (run / "checkpoints").iterdir())
+    assert kept == sorted({best, 176, 192} | {int((run / "best").read_text())})
+    measured = {row["nimg"]: row["fd_random"] for row in rows(run) if row["resolution"] == 16}
+    assert int((run / "best").read_text()) == min(measured, key=lambda nimg: measured[nimg])
+
+
+def test_none_is_measured_twice_where_reals_cannot_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow.Watcher, "_known", lambda *arguments: int(arguments[1].name) in MEASURED)
+    assert cli("eval", run, "--watch") == 0
+    assert [row["nimg"] for row in rows(run)] == MEASURED + [nimg for nimg in reversed(ALL) if nimg not in MEASURED]
 
 
 def test_pruned_and_damaged_checkpoints_are_passed_over_and_said(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = evaluate.load_generator
+    original = follow.load_generator
 
     def pruned_meanwhile(folder: Path, *arguments: Any, **keywords: Any) -> Any:
         if folder.name == "112":
             shutil.rmtree(folder)
         return original(folder, *arguments, **keywords)
 
-    monkeypatch.setattr(evaluate, "load_generator", pruned_meanwhile)
+    monkeypatch.setattr(follow, "load_generator", pruned_meanwhile)
     (run / "checkpoints" / "144" / "ema.safetensors").write_bytes(b"x")
     assert cli("eval", run, "--watch") == 0
     assert sorted(row["nimg"] for row in rows(run)) == [nimg for nimg in ALL if nimg not in (112, 144)]
@@ -145,6 +171,101 @@ def test_wrong_words_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ):
         assert cli("eval", *map(str, words), "--watch") == 2
         assert line in capsys.readouterr().err
+
+
+# Several at once
+
+
+def watched(run: str, log: str) -> None:
+    """`hrgan eval RUN --watch` in a process of its own."""
+    with open(log, "a") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.exit(cli("eval", run, "--watch", "--every", "0.2"))
+
+
+def start(children: Children, *arguments: str) -> Any:
+    process = children.context.Process(target=watched, args=arguments)
+    process.start()
+    return process
+
+
+def test_two_watchers_share_the_work(run: Path, tmp_path: Path, children: Children) -> None:
+    both = [start(children, str(run), str(tmp_path / f"log{number}")) for number in range(2)]
+    for process in both:
+        process.join(120)
+        assert process.exitcode == 0
+    assert sorted(row["nimg"] for row in rows(run)) == ALL
+    logs = [(tmp_path / f"log{number}").read_text() for number in range(2)]
+    assert [log.count("fd_random") for log in logs] != [7, 0]
+    assert sum(log.count("fd_random") for log in logs) == 7
+    assert all("measured by another process" not in log for log in logs)
+
+
+def test_a_checkpoint_that_another_watcher_is_at_is_left_to_it(run: Path, tmp_path: Path, children: Children) -> None:
+    with follow.claimed(run, 144) as mine:
+        assert mine
+        process = start(children, str(run), str(tmp_path / "log"))
+        until = time.monotonic() + 60
+        while len(rows(run)) < 9:
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        time.sleep(2)
+        assert 144 not in {row["nimg"] for row in rows(run)}
+        assert process.is_alive()  # It waits: the other may die.
+    process.join(60)
+    assert process.exitcode == 0
+    assert sorted(row["nimg"] for row in rows(run)) == ALL
+
+
+def test_rows_of_the_same_measurement_are_there_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    row = {"nimg": 1, "resolution": 16, "fid": 1.0, "extractor": "a", "num_fake": 10}
+    assert add_row(path, row)
+    assert not add_row(path, {**row, "fid": 1.0001, "seconds": 3})
+    assert add_row(path, {**row, "nimg": 2})
+    assert add_row(path, {**row, "num_fake": 20})
+    assert add_row(path, {**row, "kid": 0.1})  # More metrics of the same.
+    assert not add_row(path, {**row, "nimg": 1})
+    assert [line["nimg"] for line in read_rows(path)] == [1, 2, 1, 1]
+
+
+@pytest.mark.slow
+def test_killed_at_any_point_no_evaluation_is_lost_or_doubled(
+    tiny: Path, tmp_path: Path, children: Children
+) -> None:
+    """A training and two watchers beside it, killed again and again."""
+    run, random, kills = tmp_path / "run", Random(0), 0
+    # The training itself measures at the end of each stable part, the watchers all that is saved.
+    while not (run / "FINISHED").exists() or len({row["nimg"] for row in rows(run)}) < 10:
+        assert kills < 60
+        training = children.context.Process(target=trained_quietly, args=(str(tiny), str(run), str(tmp_path / "log")))
+        training.start()
+        everyone = [training, *(start(children, str(run), str(tmp_path / "log")) for _ in range(2))]
+        if not run.exists():
+            time.sleep(3)
+        time.sleep(random.uniform(0.3, 5 + kills / 4))
+        for process in random.sample(everyone, 3):
+            process.kill()
+            process.join()
+            kills += 1
+            assert rows(run) is not None  # Each line is whole at each moment.
+    found = [row["nimg"] for row in rows(run)]
+    assert sorted(found) == ALL
+    assert len({row["extractor"] for row in rows(run)}) == 1
+    best = {row["nimg"]: row["fd_random"] for row in rows(run) if row["resolution"] == 16}
+    assert cli("eval", run, "--watch") == 0
+    assert int((run / "best").read_text()) == min(best, key=lambda nimg: best[nimg])
+
+
+def trained_quietly(config: str, run: str, log: str) -> None:
+    with open(log, "a") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)
+    sys.exit(train(config, run))
 
 
 # Two writers of metrics.jsonl

@@ -1,179 +1,251 @@
-"""The metric of a run, a checkpoint or a folder of images, outside training."""
+"""The metrics of any two of: a run, a checkpoint, a folder of pictures, shards. Outside training, on any number of
+processes."""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from torch import nn
 
 from hrgan.apps.generate import load_generator
-from hrgan.checkpoint import numbered
-from hrgan.config import Config, DataConfig, from_dict, read_yaml
+from hrgan.checkpoint import find
+from hrgan.checks import problems
+from hrgan.config import Config, DataConfig, refuse
+from hrgan.data import manifest as manifests
 from hrgan.data.dataset import Dataset, open_dataset
-from hrgan.data.images import Unusable, make_tiers, read_picture
 from hrgan.data.manifest import Form
-from hrgan.data.sources import ENDINGS
-from hrgan.errors import DataError, UserError
+from hrgan.data.store import cache_folder
+from hrgan.engine import join, on_first
+from hrgan.errors import UserError
+from hrgan.metrics.evaluation import Evaluated, evaluated, measure, save_neighbours
 from hrgan.metrics.extractor import Extractor, make_extractor, settle_weights
-from hrgan.metrics.frechet import Moments, compare, count_real, evaluate
-from hrgan.monitor.log import Row, append, read_rows
-from hrgan.pictures import to_float, to_uint8
-from hrgan.sizes import size_text
-from hrgan.watch import stopped_by_signals
+from hrgan.metrics.features import Ranks
+from hrgan.metrics.source import (
+    PLAIN,
+    Source,
+    from_dataset,
+    from_folder,
+    from_generator,
+    mirrored,
+    pictures_in,
+)
+from hrgan.monitor.log import Row
+from hrgan.pictures import save_png, to_array
+from hrgan.sizes import size_text, target
 
-
-def evaluate_target(target: Path, data: str | None, count: int | None) -> Row:
-    """A row as in metrics.jsonl: of the EMA of a run (its best, else its newest checkpoint) or of a checkpoint against
-    its shards, or of a folder of images against the shards `data`. count: how many images, at least 2."""
-    _check_count(count)
-    device = _device()
-    images = _images(target) if target.is_dir() and not (target / "checkpoints").is_dir() else []
-    if images and not (target / "state.json").exists():
-        if data is None:
-            raise UserError(
-                f"--data: needed to measure {target}, a folder of images; name the shards to compare it with"
-            )
-        return _evaluate_folder(Config(data=DataConfig(path=data)), images[:count], device)
-    generator, alpha, config, nimg = load_generator(target, True, device, as_trained=True)
-    config = _measured_as(config, data, count)
-    dataset, extractor = open_dataset(config.data), _extractor(config, device)
-    folders = [dataset.stats_folder()] + ([target / "stats"] if (target / "checkpoints").is_dir() else [])
-    return {"nimg": nimg, **evaluate(config, dataset, generator, alpha, extractor, 0, 1, folders)}
-
-
-def _evaluate_folder(config: Config, images: list[Path], device: torch.device) -> Row:
-    """Files against the largest tier of a set; they are cropped and resized as the set was."""
-    dataset, extractor = open_dataset(config.data), _extractor(config, device)
-    form = replace(dataset.form, tiers=(dataset.resolution,))
-    moments = Moments.zero(extractor.size, device)
-    for batch in _batches(images, form, dataset.values, config.eval.batch):
-        moments.add(extractor.features(batch.to(device)))
-    if moments.count < 2:
-        raise DataError(f"{images[0].parent}: {int(moments.count)} images that can be read, expected at least 2")
-    folders = [dataset.stats_folder()]
-    return {**compare(config, dataset, dataset.resolution, moments, extractor, 0, 1, folders)}
-
-
-def _check_count(count: int | None) -> None:
-    if count is not None and count < 2:
-        raise UserError(f"--count: {count} is below the least, 2")
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _measured_as(config: Config, data: str | None, count: int | None) -> Config:
-    path, num_fake = data or config.data.path, count or config.eval.num_fake
-    return replace(config, data=replace(config.data, path=path), eval=replace(config.eval, num_fake=num_fake))
-
-
-def _extractor(config: Config, device: torch.device) -> Extractor:
-    return make_extractor(settle_weights(config.eval, lambda line: print(line, file=sys.stderr)), device)
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.name != "grid.png")
-
-
-def _batches(files: list[Path], form: Form, values: tuple[int, int], size: int) -> Iterator[Tensor]:
-    """(n, C, H, W) uint8; files that cannot be read are named and left out."""
-    made: list[Tensor] = []
-    for file in files:
-        try:
-            (pixels,) = make_tiers(read_picture(file.read_bytes(), form), form).images
-        except Unusable as error:
-            print(f"left out: {file}: {': '.join(map(str, error.args))}", file=sys.stderr)
-            continue
-        picture = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-        made.append(to_uint8(to_float(picture, values)))
-        if len(made) == size:
-            yield torch.stack(made)
-            made = []
-    if made:
-        yield torch.stack(made)
-
-
-# Beside or after a training
+# What is asked for
 
 
 @dataclass(frozen=True)
-class Watcher:
-    """What `hrgan eval --watch` measures a run with."""
+class Settings:
+    """What the command line says; None takes what the run or the defaults say."""
 
-    run: Path
+    data: str | None = None
+    """Shards in place of those that a run was trained on."""
+    count: int | None = None
+    """Generated pictures, or those taken of A, at least 2."""
+    num_real: int | None = None
+    """Pictures taken of B."""
+    metrics: tuple[str, ...] | None = None
+    extractor: str | None = None
+    weights: str | None = None
+    mirror: bool | None = None
+    kid_subset_size: int | None = None
+    bootstrap: int | None = None
+    resolution: str | None = None
+    """What folders and shards are brought to, as of `hrgan data build`."""
+    workers: int | None = None
+    """Loader processes of each process."""
+    picture: Path | None = None
+    """File for the picture of nearest reals; that of a run goes to its folder."""
+
+    def of(self, config: Config) -> Config:
+        """A configuration as it is measured with."""
+        names = ("num_real", "extractor", "weights", "mirror", "kid_subset_size", "bootstrap")
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        changes |= {"num_fake": self.count} if self.count is not None else {}
+        changes |= {"metrics": list(self.metrics)} if self.metrics is not None else {}
+        data = replace(config.data, path=self.data or config.data.path)
+        data = replace(data, workers=self.workers) if self.workers is not None else data
+        found = replace(config, data=data, eval=replace(config.eval, **changes))
+        refuse(problems(found), "hrgan eval")
+        return found
+
+    def check(self) -> None:
+        """UserError for a count that is no set."""
+        for name, count in (("--count", self.count), ("--num_real", self.num_real)):
+            if count is not None and count < 2:
+                raise UserError(f"{name}: {count} is below the least, 2")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One of the two: a generator, a set of shards, or a folder."""
+
+    where: str
     config: Config
-    dataset: Dataset
-    extractor: Extractor
-    passed_over: set[int] = field(default_factory=set)
-    """nimg of the checkpoints that were pruned too soon or do not verify."""
-    measured: set[int] = field(default_factory=set)
-    """nimg of those measured here. Where some reals cannot be read, their rows say fewer than are asked for."""
+    """A generator's own; of others the defaults."""
+    generator: nn.Module | None = None
+    alpha: float = 1.0
+    nimg: int | None = None
+    """Of a generator."""
+    dataset: Dataset | None = None
 
-    def next(self) -> Path | None:
-        """The newest checkpoint without a row of the same extractor, counts and set."""
-        settings, real = self.config.eval, count_real(self.config, self.dataset)
-        wanted = (self.extractor.name, self.extractor.sha256, settings.num_fake, real, self.dataset.real_set)
-        keys = ("extractor", "extractor_sha256", "num_fake", "num_real", "real_set")
-        rows = read_rows(self.run / "metrics.jsonl")
-        done = {row["nimg"] for row in rows if tuple(row.get(key) for key in keys) == wanted}
-        done |= self.measured | self.passed_over
-        return next((path for path in numbered(self.run) if int(path.name) not in done), None)
-
-    def measure(self, folder: Path) -> None:
-        """Add the row of a checkpoint, or say why it gets none."""
-        nimg, device = int(folder.name), next(self.extractor.network.parameters()).device
-        try:
-            generator, alpha, _, _ = load_generator(folder, True, device, as_trained=True)
-        except (UserError, OSError, SafetensorError) as error:
-            gone = not folder.is_dir()
-            _say(f"{folder} passed over: {'the training pruned it before it was measured' if gone else error}")
-            self.passed_over.add(nimg)
-            return
-        folders = [self.dataset.stats_folder(), self.run / "stats"]
-        row = evaluate(self.config, self.dataset, generator, alpha, self.extractor, 0, 1, folders)
-        append(self.run / "metrics.jsonl", {"nimg": nimg, **row})
-        self.measured.add(nimg)
-        name = self.extractor.metric
-        size = size_text(self.dataset.form.grid, row["resolution"])  # type: ignore[arg-type]  # a level
-        _say(f"{name} {row[name]} at {nimg / 1000:g} kimg, {size} (floor {row[f'{name}_floor']})")
+    @property
+    def size(self) -> tuple[tuple[int, ...], int] | None:
+        """(grid, level); None for a folder, whose pictures have any size."""
+        if self.generator is not None:
+            return tuple(self.config.network.grid), int(self.generator.resolution)  # type: ignore[arg-type]  # an int
+        return (self.dataset.form.grid, self.dataset.resolution) if self.dataset is not None else None
 
 
-def watch(run: Path, data: str | None, count: int | None, every: float) -> None:
-    """Follow a run: add a row to its metrics.jsonl for each checkpoint that has none of the same extractor, counts and
-    set, the newest first, and look again after `every` seconds, until it is finished and none is left.
-
-    `best` stays the training's own. Raises Stopped on SIGTERM, SIGINT and SIGUSR1.
-    """
-    _check_count(count)
-    if every <= 0:
-        raise UserError(f"--every: {every:g}, expected more than 0 seconds")
-    if not run.is_dir():
-        raise UserError(f"{run}: no such folder; --watch follows a run directory, for example runs/demo")
-    with stopped_by_signals(f"stopped following {run}; the same command goes on"):
-        if not (run / "checkpoints").is_dir():
-            _say(f"{run}: no training has begun there yet: waiting for it")
-        while not (run / "checkpoints").is_dir():  # The last thing that a new run makes.
-            time.sleep(every)
-        config = _measured_as(from_dict(read_yaml(run / "config.yaml")), data, count)
-        watcher = Watcher(run, config, open_dataset(config.data), _extractor(config, _device()))
-        while True:
-            finished = (run / "FINISHED").exists()  # Before looking for checkpoints: no more come after it.
-            folder = watcher.next()
-            if folder is not None:
-                watcher.measure(folder)
-            elif finished:
-                break
-            else:
-                time.sleep(every)
-    _say(f"{run} is finished and measured; checkpoints passed over: {len(watcher.passed_over)}")
+def open_operand(text: str, settings: Settings, device: torch.device) -> Operand:
+    """What a word names. UserError where it is nothing that can be measured."""
+    path = Path(text)
+    if (path / "checkpoints").is_dir() or (path / "state.json").exists() or path.name.isdigit():
+        generator, alpha, config, nimg = load_generator(path, True, device, as_trained=True)
+        return Operand(f"{path} at {nimg / 1000:g} kimg", settings.of(config), generator, alpha, nimg)
+    if "://" in text or text.startswith("pipe:") or (path / manifests.FILE).exists():
+        config = settings.of(Config(data=DataConfig(path=text)))
+        return Operand(text, config, dataset=open_dataset(replace(config.data, path=text)))
+    if path.is_dir() and pictures_in(path):
+        return Operand(text, settings.of(Config()))
+    raise UserError(
+        f"{text}: neither a run, a checkpoint, shards nor a folder with pictures; name for example runs/demo, "
+        "runs/demo/checkpoints/120000 or shards/mine"
+    )
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+# Measuring
+
+
+def evaluate_pair(a: str, b: str | None, settings: Settings) -> list[Row]:
+    """The rows of A against the reference B, as in metrics.jsonl; none on any process but the first. B None:
+    settings.data, or the shards that A was trained on."""
+    settings.check()
+    rank, world, device = join()
+    ranks = Ranks(rank, world)
+    left = open_operand(a, settings, device)
+    path = b or settings.data or left.config.data.path
+    if path == "" or (b is None and left.generator is None and settings.data is None):
+        raise UserError(f"--data: needed to measure {a}; name the shards, or a second folder, to compare it with")
+    right = (
+        open_operand(path, settings, device)
+        if isinstance(path, str)
+        else Operand("the run's sets", left.config, dataset=open_dataset(left.config.data))
+    )
+    config = left.config if left.generator is not None else replace(right.config, network=left.config.network)
+    extractor, lpips = chosen_extractor(config, device, ranks)
+    real = _reference(right, left, config, settings)
+    folders = _stats_folders(right, left, Path(a))
+    if left.generator is not None:
+        found = evaluated(config, left.generator, left.alpha, real, extractor, lpips, ranks, folders)
+    else:
+        if "ppl" in config.eval.metrics:
+            raise UserError(f"eval.metrics: ppl needs a generator, but {a} is none; leave ppl out")
+        fake = _source(left, right, config, settings, settings.count)
+        _check_sizes(fake, real)
+        found = measure(config, fake, real, extractor, ranks, folders)
+    if found.neighbours is not None:
+        _keep_neighbours(found, left, Path(a), real.level, settings)
+    about = {"nimg": left.nimg} if left.nimg is not None else {}
+    return [{**about, **row} for row in found.rows]
+
+
+def chosen_extractor(config: Config, device: torch.device, ranks: Ranks) -> tuple[Extractor, bool]:
+    """The extractor on this process, and whether LPIPS is at hand."""
+    settled = on_first(ranks.rank, ranks.world, lambda: settle_weights(config.eval, _say_error))
+    return make_extractor(settled, device), settled.lpips
+
+
+def _say_error(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _level(left: Operand, right: Operand, settings: Settings) -> tuple[tuple[int, ...], int] | None:
+    """(grid, level) that both are compared at: a generator's, else --resolution, else the largest that sets have; None
+    for folders as they are."""
+    asked = target(settings.resolution) if settings.resolution is not None else None
+    sizes = {side.where: side.size for side in (left, right) if side.generator is not None and side.size is not None}
+    if len(set(sizes.values())) > 1 or (sizes and asked is not None and asked not in sizes.values()):
+        given = {**sizes, "--resolution": asked} if asked is not None else sizes
+        listed = " and ".join(f"{size_text(*size)} of {where}" for where, size in given.items() if size is not None)
+        raise UserError(f"sizes that differ: {listed}; pictures of one size can be compared")
+    if sizes:
+        return next(iter(sizes.values()))
+    if asked is not None:
+        return asked
+    sets = [side.size for side in (left, right) if side.size is not None]
+    return min(sets, key=lambda size: size[1]) if sets else None
+
+
+def _source(side: Operand, other: Operand, config: Config, settings: Settings, count: int | None) -> Source:
+    """A set or a folder as pictures of the size that both are compared at."""
+    size = _level(side, other, settings)
+    if side.dataset is not None:
+        assert size is not None
+        grid, level = size
+        if tuple(side.dataset.form.grid) != tuple(grid) or level > side.dataset.resolution:
+            held = size_text(side.dataset.form.grid, side.dataset.resolution)
+            raise UserError(
+                f"sizes that differ: {size_text(grid, level)} is asked for, but {side.where} was built up to {held}; "
+                "build it anew with --resolution"
+            )
+        return from_dataset(config, side.dataset, level, count)
+    return from_folder(config, Path(side.where), *_form(other, size), count)
+
+
+def _form(other: Operand, size: tuple[tuple[int, ...], int] | None) -> tuple[Form | None, tuple[int, int]]:
+    """How files are made into pictures: as the set was, or the one that the generator learnt from; with the stored
+    numbers that are black and white."""
+    if size is None:
+        return None, (0, 255)
+    (height, width), level = size
+    if other.dataset is not None:
+        return replace(other.dataset.form, tiers=(level,)), other.dataset.values
+    form, values = replace(PLAIN, tiers=(level,), grid=(height, width)), (0, 255)
+    if other.generator is not None:
+        network = other.config.network
+        alpha = "keep" if network.channels == 4 else "white"
+        form = replace(form, channels=network.channels, bits=network.bits, alpha=alpha)
+        low, high = other.config.data.values or (0, 2**network.bits - 1)
+        values = low, high
+    return form, values
+
+
+def _reference(right: Operand, left: Operand, config: Config, settings: Settings) -> Source:
+    if right.generator is not None:
+        # Of other latents than A's: pictures of the same ones would be nearer to each other than others are.
+        settled = replace(config, network=right.config.network)
+        level = int(right.generator.resolution)  # type: ignore[arg-type]  # a plain int
+        return from_generator(settled, right.generator, right.alpha, level, right.where, role="eval reference")
+    source = _source(right, left, config, settings, config.eval.num_real)
+    return mirrored(source) if config.eval.mirror else source
+
+
+def _check_sizes(fake: Source, real: Source) -> None:
+    if fake.size != real.size:
+        sizes = " and ".join(f"{side.size[1]}x{side.size[0]} of {side.where}" for side in (fake, real))
+        raise UserError(f"sizes that differ: {sizes}; bring both to one with --resolution")
+
+
+def _stats_folders(right: Operand, left: Operand, a: Path) -> list[Path]:
+    """Where statistics of the reference are kept: beside the shards, else in the run."""
+    # Of a folder of pictures they go to where those of sets from a URL go.
+    folders = [right.dataset.stats_folder() if right.dataset is not None else cache_folder() / "stats"]
+    return folders + ([a / "stats"] if left.generator is not None and (a / "checkpoints").is_dir() else [])
+
+
+def _keep_neighbours(found: Evaluated, left: Operand, a: Path, level: int, settings: Settings) -> None:
+    """To --picture, else into the run's folder."""
+    assert found.neighbours is not None
+    if settings.picture is not None:
+        save_png(to_array(found.neighbours), settings.picture)
+    elif left.generator is not None and left.nimg is not None:
+        run = a if (a / "checkpoints").is_dir() else find(a).parent.parent
+        save_neighbours(found.neighbours, run, left.nimg, level)
+    else:
+        _say_error("--picture FILE would keep the picture of the nearest reals")

@@ -66,6 +66,12 @@ class Access:
     allow_pipe: bool = False
 
 
+def cache_folder(named: str | None = None) -> Path:
+    """Where what was fetched or computed is kept: the folder that data.cache names, else $HRGAN_CACHE, else
+    ~/.cache/hrgan."""
+    return Path(named or os.environ.get("HRGAN_CACHE") or Path.home() / ".cache" / "hrgan").absolute()
+
+
 class Store:
     """See the module. where: for people, without credentials; local_root: the folder of a local set, else None."""
 
@@ -254,7 +260,7 @@ class Store:
     # The cache
 
     def _cache(self) -> Path:
-        return Path(self._access.cache or os.environ.get("HRGAN_CACHE") or Path.home() / ".cache" / "hrgan").absolute()
+        return cache_folder(self._access.cache)
 
     def _cached(self, sha256: str) -> Path:
         return self._cache() / "shards" / sha256[:2] / sha256

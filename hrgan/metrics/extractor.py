@@ -1,30 +1,39 @@
-"""Feature extractors: FID's Inception through torch-fidelity, or a seeded random network that says so in the metric's
-name."""
+"""Feature extractors: torch-fidelity's, a user's own, or a seeded random network. Only the one that a metric was
+defined with gives the metric its plain name; every other is in the name."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import math
+import re
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_clip import MODEL_METADATA, MODEL_URLS
+from torch_fidelity.feature_extractor_dinov2 import MODEL_METADATA as DINO_NAMES
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.registry import register_feature_extractor
+from torch_fidelity.sample_similarity_lpips import URL_VGG16_LPIPS
 from torch_fidelity.utils import create_feature_extractor
 
-from hrgan.config import EvalConfig
-from hrgan.errors import UserError
+from hrgan.config import CLIP, DINOV2, EvalConfig
+from hrgan.errors import UserError, one_line
 from hrgan.networks.layers import keyed_seed
 from hrgan.pictures import to_rgb
 
 INCEPTION = "inception-v3-compat"
 RANDOM = "random-conv-64"
+LPIPS = "lpips-vgg16"
+URL_VGG16: str = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
 
 
 class RandomConv(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity has no types
@@ -64,7 +73,7 @@ class RandomConv(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity 
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = x.float() / 127.5 - 1
-        if x.shape[-1] != 64:
+        if x.shape[-2:] != (64, 64):
             x = F.interpolate(x, size=(64, 64), mode="bilinear", antialias=True, align_corners=False)
         for index in range(4):
             x = F.avg_pool2d(F.leaky_relu(F.conv2d(x, getattr(self, f"conv{index}"), padding=1), 0.2), 2)
@@ -79,9 +88,7 @@ class Extractor:
     """A network on the device with what a result needs to say about it."""
 
     name: str
-    """torch-fidelity's name of it."""
-    metric: str
-    """Name of the Frechet distance on its features: fid only for Inception."""
+    """torch-fidelity's name of it, the file of a TorchScript, or module:Class."""
     sha256: str
     """Of its weights."""
     resize: str
@@ -89,86 +96,240 @@ class Extractor:
     size: int
     """Length of a feature vector."""
     network: nn.Module
+    """(N, 3, H, W) uint8 -> features (N, size), or a tuple of them and, last, of the class scores for isc."""
+    device: torch.device
+
+    def both(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, 1, 3 or 4, H, W) uint8, through pictures.to_rgb -> features (N, size) and class scores, both float32."""
+        with torch.no_grad():
+            found = self.network(to_rgb(images.to(self.device)).contiguous(memory_format=torch.channels_last))
+        parts = found if isinstance(found, tuple) else (found,)
+        return parts[0].float(), parts[-1].float()
 
     def features(self, images: Tensor) -> Tensor:
-        """(N, 1, 3 or 4, H, W) uint8 -> (N, size) float64, through pictures.to_rgb."""
-        with torch.no_grad():
-            features: Tensor = self.network(to_rgb(images))[0]
-        return features.double()
+        """(N, 1, 3 or 4, H, W) uint8 -> (N, size) float32."""
+        return self.both(images)[0]
+
+    def called(self, metric: str) -> str:
+        """What a metric (fd, kd, isc, precision, ...) is called on these features."""
+        plain = {"fd": "fid", "fd_infinity": "fid_infinity", "class_fd": "class_fid", "kd": "kid", "isc": "isc"}
+        if self.name == INCEPTION and metric in plain:
+            return plain[metric]
+        if self.name == "vgg16" and metric in ("precision", "recall"):
+            return metric
+        return f"{metric}_{self.short}"
+
+    @property
+    def short(self) -> str:
+        """Its name within a metric's."""
+        name = {INCEPTION: "inception", RANDOM: "random"}.get(self.name, self.name)
+        name = Path(name).stem if name.endswith(SCRIPTS) else name.rsplit(":", 1)[-1]
+        return re.sub(r"\W+", "_", name).lower()
+
+
+# Weights, settled at launch
+
+
+SCRIPTS = (".pt", ".pth", ".ts", ".torchscript")
+"""Endings of a TorchScript file."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Which extractor a run measures with, and where its weights lie: agreed on at launch by all processes."""
+
+    name: str
+    """As of Extractor.name."""
+    weights: Path | None
+    """None where the network has no file of weights."""
+    lpips: bool
+    """Whether LPIPS is at hand for ppl."""
+
+
+def hub_file(name: str) -> Path:
+    """Where torch keeps what it downloaded."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def settle_weights(config: EvalConfig, say: Callable[[str], None]) -> Settled:
+    """The extractor and its weights, downloaded if need be. For one process only.
+
+    UserError when weights are asked for and cannot be had, or when a file is no such weights: at launch, not at the
+    first evaluation.
+    """
+    lpips = False
+    if "ppl" in config.metrics and config.extractor != "random":
+        for url in (URL_VGG16, URL_VGG16_LPIPS):
+            fetched(url, hub_file(url.rsplit("/", 1)[-1]), "eval.metrics: ppl needs LPIPS's weights", say)
+        lpips = True
+    name, given = config.extractor, Path(config.weights) if config.weights is not None else None
+    if name == "random":
+        return Settled(RANDOM, None, lpips)
+    if ":" in name or name.endswith(SCRIPTS):
+        return Settled(name, given if ":" in name else Path(name), lpips)
+    if name in DINOV2:
+        return Settled(name, _dino_weights(name, given), lpips)
+    if name in CLIP:
+        target = hub_file(f"{name}-{MODEL_METADATA[name]['hash']}.pt")
+        return Settled(name, given or fetched(MODEL_URLS[name], target, f"eval.extractor: {name}", say), lpips)
+    if name == "vgg16":
+        weights = given or fetched(URL_VGG16, hub_file(URL_VGG16.rsplit("/", 1)[-1]), "eval.extractor: vgg16", say)
+        return Settled(name, checked_weights(weights, "features.0.weight", "classifier.6.weight", URL_VGG16), lpips)
+    try:
+        weights = given or fetched(URL_INCEPTION_V3, cached_weights(), "eval.extractor: inception", say)
+    except UserError as error:
+        if name == "inception":
+            raise
+        say(
+            f"{error}. Measuring with a seeded random network instead: fd_random and the like are not comparable with "
+            "any FID"
+        )
+        return Settled(RANDOM, None, lpips)
+    return Settled(
+        INCEPTION, checked_weights(weights, "Conv2d_1a_3x3.conv.weight", "fc.weight", URL_INCEPTION_V3), lpips
+    )
 
 
 def cached_weights() -> Path:
     """Where torch-fidelity looks for FID's Inception weights, and downloads them to."""
-    name: str = URL_INCEPTION_V3.rsplit("/", 1)[-1]
-    return Path(torch.hub.get_dir()) / "checkpoints" / name
+    return hub_file(URL_INCEPTION_V3.rsplit("/", 1)[-1])
 
 
-def settle_weights(config: EvalConfig, say: Callable[[str], None]) -> Path | None:
-    """The file of Inception weights, downloaded if need be, or None where a random extractor stands in. For one
-    process only.
-
-    UserError when they are asked for and cannot be had, or when a file is no such weights: at launch, not at the
-    first evaluation.
-    """
-    if config.extractor == "random":
-        return None
-    if config.weights is not None:
-        return checked_weights(Path(config.weights))
-    target = cached_weights()
+def fetched(url: str, target: Path, what: str, say: Callable[[str], None]) -> Path:
+    """The file of a URL, downloaded where it is not there yet. UserError with the remedy where it cannot be had."""
     if target.exists():
-        return checked_weights(target)
+        return target
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(30)  # A firewall that drops packets must not hold the launch up for minutes.
     try:
-        say(f"fetching FID's Inception weights to {target}")
+        say(f"fetching {url} to {target}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        # The last part of the name is the start of the file's sha256; a download that differs is not kept.
+        # The last part of these names is the start of the file's sha256; a download that differs is not kept.
         digest = target.stem.rsplit("-", 1)[-1]
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(target), hash_prefix=digest, progress=False)
-        return checked_weights(target)
+        prefix = digest if re.fullmatch("[0-9a-f]{8,64}", digest) else None
+        torch.hub.download_url_to_file(url, str(target), hash_prefix=prefix, progress=False)
+        return target
     except (OSError, RuntimeError) as error:  # No network, a refusing server, no place to write, or a wrong file.
-        remedy = f"fetch {URL_INCEPTION_V3} elsewhere and put it at {target}, or name it with --eval.weights FILE"
-        if config.extractor == "inception":
-            raise UserError(
-                f"eval.extractor: inception needs FID's weights, which cannot be had here ({error}); {remedy}"
-            ) from error
-        say(
-            f"FID's Inception weights cannot be had here ({error}): measuring fd_random with a seeded "
-            "random network instead, which is not "
-            f"comparable with any FID. For FID, {remedy}"
-        )
-        return None
+        raise UserError(
+            f"{what}: weights that cannot be had here ({one_line(error)}); fetch {url} elsewhere and put it at "
+            f"{target}, or name it with --eval.weights FILE"
+        ) from error
     finally:
         socket.setdefaulttimeout(patience)
 
 
-def checked_weights(path: Path) -> Path:
-    """The path, if it holds weights that Inception takes (read without running any code in the file)."""
+def checked_weights(path: Path, first: str, last: str, url: str) -> Path:
+    """The path, if it holds tensors of these names (read without running any code in the file)."""
     try:
-        keys = torch.load(path, map_location="cpu", weights_only=True).keys()
+        keys = torch.load(path, map_location="cpu", weights_only=True, mmap=True).keys()
     except Exception as error:  # torch.load raises many kinds on a file that is no checkpoint; all mean the same here
         raise UserError(
-            f"eval.weights: {path} cannot be read as weights ({' '.join(str(error).split())[:120]}); "
-            f"expected the file from {URL_INCEPTION_V3}"
+            f"eval.weights: {path} cannot be read as weights ({one_line(error, 120)}); expected the file from {url}"
         ) from error
-    if "Conv2d_1a_3x3.conv.weight" not in keys or "fc.weight" not in keys:
+    if first not in keys or last not in keys:
         raise UserError(
-            f"eval.weights: {path} holds other weights (its first is {next(iter(keys), 'nothing')}); "
-            f"expected the file from {URL_INCEPTION_V3}"
+            f"eval.weights: {path} holds other weights (its first is {next(iter(keys), 'nothing')}); expected the "
+            f"file from {url}"
         )
     return path
 
 
-def make_extractor(weights: Path | None, device: torch.device) -> Extractor:
-    """The Inception extractor of a file that `settle_weights` named, or the random one for None."""
-    cuda = device.type == "cuda"
-    if weights is None:
-        network = create_feature_extractor(RANDOM, ["512"], cuda=cuda, verbose=False)
-        digest = hashlib.sha256(b"".join(p.detach().cpu().numpy().tobytes() for p in network.parameters())).hexdigest()
-        return Extractor(RANDOM, "fd_random", digest, "bilinear-antialias-64", 512, network)
-    network = create_feature_extractor(
-        INCEPTION, ["2048"], cuda=cuda, verbose=False, feature_extractor_weights_path=str(weights)
-    )
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Extractor(INCEPTION, "fid", digest, "tf1-bilinear-299", 2048, network)
+def _dino_weights(name: str, given: Path | None) -> Path:
+    """DINOv2's code and weights are where torch.hub puts them: torch-fidelity takes neither from elsewhere."""
+    code = Path(torch.hub.get_dir()) / "facebookresearch_dinov2_main"
+    weights = hub_file(f"{DINO_NAMES[name]}_pretrain.pth")
+    missing = [path for path in (code, weights) if not path.exists()]
+    if given is not None or missing:
+        wrong = f"eval.weights: {given}" if given is not None else f"{missing[0]} is missing"
+        raise UserError(
+            f"eval.extractor: {name} is read from torch's cache alone ({wrong}); on a machine with a network run "
+            f"torch.hub.load('facebookresearch/dinov2', '{DINO_NAMES[name]}') and copy {code} and {weights} here"
+        )
+    return weights
+
+
+# Networks
+
+
+def make_extractor(settled: Settled, device: torch.device) -> Extractor:
+    """The network that `settle_weights` named, tried on a picture. UserError for one that does not fit."""
+    name, cuda = settled.name, device.type == "cuda"
+    if name == RANDOM:
+        return _tried(name, create_feature_extractor(name, ["512"], cuda=cuda, verbose=False), None, device)
+    if ":" in name:
+        return _tried(name, _from_class(name, settled.weights), settled.weights, device)
+    assert settled.weights is not None
+    if name.endswith(SCRIPTS):
+        return _tried(name, _from_script(settled.weights), settled.weights, device)
+    layers = ["2048", "logits_unbiased"] if name == INCEPTION else [_layer(name)]
+    try:
+        # torch.hub's own files are found by torch-fidelity itself; DINOv2 takes no path at all.
+        path = {} if name in DINOV2 else {"feature_extractor_weights_path": str(settled.weights)}
+        network = create_feature_extractor(name, layers, cuda=cuda, verbose=False, **path)
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"eval.weights: {settled.weights} is not {name}'s ({one_line(error)})") from error
+    return _tried(name, network, settled.weights, device)
+
+
+def _layer(name: str) -> str:
+    return "clip" if name in CLIP else "dinov2" if name in DINOV2 else "fc2_relu"
+
+
+def _from_script(path: Path) -> nn.Module:
+    try:
+        network: nn.Module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        return network
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"eval.extractor: {path} cannot be read as TorchScript ({one_line(error, 120)}); save a module with "
+            "torch.jit.save that takes (N, 3, H, W) uint8 and gives (N, D)"
+        ) from error
+
+
+def _from_class(name: str, weights: Path | None) -> nn.Module:
+    """The class made without arguments; then eval.weights, if there are any, loaded into it."""
+    module, _, attribute = name.partition(":")
+    try:
+        network: nn.Module = getattr(importlib.import_module(module), attribute)()
+        if weights is not None:
+            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+        return network
+    except Exception as error:  # The user's own code: whatever it raises is the answer.
+        raise UserError(
+            f"eval.extractor: {name} cannot be made ({type(error).__name__}: {one_line(error)}); expected a class of "
+            "an importable module, a torch.nn.Module made without arguments"
+        ) from error
+
+
+def _tried(name: str, network: nn.Module, weights: Path | None, device: torch.device) -> Extractor:
+    """The extractor, after a look at what it makes of two pictures."""
+    network = network.to(device).eval().to(memory_format=torch.channels_last)
+    for parameter in network.parameters():  # TorchScript knows no requires_grad_ of a whole network.
+        parameter.requires_grad_(False)
+    resize = {INCEPTION: "tf1-bilinear-299", RANDOM: "bilinear-antialias-64"}.get(name)
+    if resize is None:
+        own = ":" in name or name.endswith(SCRIPTS)
+        resize = "the extractor's own" if own else f"tf1-bilinear-{network.resolution if name in CLIP else 224}"
+    trial = Extractor(name, _digest(network, weights), resize, 0, network, device)
+    try:
+        features = trial.features(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    except Exception as error:  # A user's own network raises what it likes.
+        raise UserError(
+            f"eval.extractor: {name} cannot take (2, 3, 64, 64) uint8 pictures ({type(error).__name__}: "
+            f"{one_line(error)})"
+        ) from error
+    if features.ndim != 2 or len(features) != 2 or not bool(features.isfinite().all()):
+        raise UserError(
+            f"eval.extractor: {name} makes {tuple(features.shape)} of 2 pictures, expected finite features (2, D)"
+        )
+    return Extractor(name, trial.sha256, resize, features.shape[1], network, device)
+
+
+def _digest(network: nn.Module, weights: Path | None) -> str:
+    """sha256 of the file of weights, else of the tensors."""
+    if weights is not None:
+        with weights.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    tensors: dict[str, Any] = network.state_dict()
+    content = b"".join(tensor.detach().cpu().contiguous().numpy().tobytes() for tensor in tensors.values())
+    return hashlib.sha256(content).hexdigest()

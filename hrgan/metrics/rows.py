@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from hrgan.sizes import size_text
 
 Row = dict[str, Any]
 
@@ -70,3 +72,16 @@ def best_row(rows: Iterable[Row]) -> Row | None:
         return None
     group = max(reversed(groups.values()), key=len)
     return min(group, key=lambda row: float(row[str(main_metric(row))]))
+
+
+def describe(row: Row, grid: Sequence[int] = (4, 4)) -> str:
+    """For people: each number with its error and floor, and what it is of."""
+    parts = []
+    for name, (value, error, floor) in values(row).items():
+        if value is None:
+            parts.append(f"{name} none (generated images are not finite)")
+            continue
+        spread = f" ± {error:.2g}" if error is not None else ""
+        parts.append(f"{name} {value:.4f}{spread}" + (f" (floor {floor:.4f})" if floor is not None else ""))
+    counts = f"{row['num_fake']} fakes, {row['num_real']} reals"
+    return f"{', '.join(parts)}, {size_text(grid, row['resolution'])}, {counts}"

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from hrgan.metrics.rows import main_metric, provenance, values
 from hrgan.schedule import Phase, Schedule
 from hrgan.sizes import size_text
 
@@ -68,7 +69,7 @@ class RunLog:
 
     def metric(self, row: Row) -> None:
         """A row of metrics.jsonl."""
-        append(self.run / "metrics.jsonl", row)
+        add_row(self.run / "metrics.jsonl", row)
         self._scalars(
             "metrics", {key: value for key, value in row.items() if isinstance(value, float)} | {"nimg": row["nimg"]}
         )
@@ -111,6 +112,28 @@ def append(path: Path, row: Row) -> None:
         file.write(line.encode())
 
 
+def add_row(path: Path, row: Row) -> bool:
+    """Add a row to metrics.jsonl, which several programs write, unless it has the same numbers of the same checkpoint
+    already. Atomic: a kill leaves the file as it was, or with the row. Whether it was added."""
+    with locked(path):
+        rows = read_rows(path)
+        if any(same_measurement(row, other) for other in rows):
+            return False
+        partial = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}")
+        with partial.open("w") as file:
+            file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in [*rows, row]))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    return True
+
+
+def same_measurement(row: Row, other: Row) -> bool:
+    """Whether two rows are of one checkpoint, measured in one way, with the same metrics."""
+    same = row["nimg"] == other["nimg"] and provenance(row) == provenance(other)
+    return same and set(values(row)) <= set(values(other))
+
+
 def read_rows(path: Path) -> list[Row]:
     """The whole lines of a JSONL file; a last line that a kill cut is left out."""
     rows = []
@@ -136,19 +159,19 @@ def summary(run: Path, grid: Sequence[int]) -> list[str]:
     picture."""
     # In order of nimg: `hrgan eval --watch` adds the rows of older checkpoints after those of newer ones.
     rows = sorted(read_rows(run / "metrics.jsonl"), key=lambda row: int(row["nimg"]))
-    rows = [row for row in rows if row["resolution"] == rows[-1]["resolution"]]
+    rows = [row for row in rows if main_metric(row) is not None]
     lines = []
     if rows:
         last = rows[-1]
-        name = next(key for key in last if f"{key}_floor" in last)
-        first = next(row for row in rows if name in row)  # Another extractor's numbers are not compared with these.
-        values = [
+        name = str(main_metric(last))
+        first = next(row for row in rows if provenance(row) == provenance(last))
+        numbers = [
             f"{'none' if row[name] is None else format(row[name], '.4f')} at {row['nimg'] / 1000:g} kimg"
             for row in (first, last)
         ]
         size = size_text(grid, last["resolution"])
         lines.append(
-            f"{name} at {size}: {', '.join(values)}; reals against reals {last[f'{name}_floor']:.4f}"
+            f"{name} at {size}: {', '.join(numbers)}; reals against reals {last[f'{name}_floor']:.4f}"
         )
     pictures = sorted((run / "samples").glob("*.png"))
     if pictures:
