@@ -148,6 +148,19 @@ def generate(args: Namespace) -> None:
     make(Path(args.target), Path(args.out), args.count, args.seed, args.weights == "ema")
 
 
+def judge(args: Namespace) -> None:
+    from hrgan.apps.judge import judge as make
+
+    make(Path(args.target), Path(args.out) if args.out else None, args.pairs, args.seed, args.data, args.seconds)
+
+
+def judge_pool(args: Namespace) -> None:
+    from hrgan.apps.judge_pool import pool, print_table
+
+    found = pool([Path(path) for path in args.results])
+    print(json.dumps(found, indent=1)) if args.json else print_table(found)
+
+
 def bench_data(args: Namespace) -> None:
     from hrgan.apps.bench_data import bench_data as bench
     from hrgan.apps.bench_data import print_table
@@ -368,6 +381,22 @@ def generate_arguments(parser: Parser) -> None:
     )
 
 
+def judge_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "target", type=str, help="run directory (its best, else its newest checkpoint) or checkpoint folder"
+    )
+    parser.add_argument("--out", type=str, default=None, help="the page (default: judge.html in the run directory)")
+    parser.add_argument("--pairs", type=int, default=50, help="of a real and a generated picture")
+    parser.add_argument("--seed", type=int, default=0, help="decides the pictures")
+    parser.add_argument("--data", type=str, default=None, help="folder of shards (default: the one it was trained on)")
+    parser.add_argument("--seconds", type=float, default=0.0, help="how long a pair is shown; 0: until it is answered")
+
+
+def judge_pool_arguments(parser: Parser) -> None:
+    parser.add_argument("results", type=str, nargs="+", help="files that the page saved, one a person")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
 def bench_data_arguments(parser: Parser) -> None:
     parser.add_argument("out", type=str, help="folder of shards")
     parser.add_argument("--originals", type=str, default=None, help="the folder that the set was built from, as a peer")
@@ -428,6 +457,8 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], None], Callable[[Parser], None],
     "train": (train, train_arguments, "train, or go on where the run directory stands"),
     "eval": (evaluate, eval_arguments, "measure a run, checkpoint, folder or shards against another"),
     "generate": (generate, generate_arguments, "write pictures from a run or a checkpoint"),
+    "judge pool": (judge_pool, judge_pool_arguments, "join the results of a quiz: error rates of each person and all"),
+    "judge": (judge, judge_arguments, "make a page on which people tell generated pictures from real ones"),
     "bench data": (bench_data, bench_data_arguments, "images per second of reading a set, beside its limits"),
     "bench size": (bench_size, bench_size_arguments, "what a set of a million images takes to open, seek and hold"),
     "bench eval": (bench_eval, bench_eval_arguments, "seconds of FID of two folders, beside torch-fidelity's command"),
