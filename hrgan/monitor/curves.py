@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from hrgan.page import text
 
-MOST_POINTS = 1000
-"""Of a curve: more than the pixels it is drawn on."""
+MOST_POINTS = 500
+"""Of a curve: about as many as the pixels it is drawn on."""
 LOG_FROM = 30.0
 """Positive numbers that span more than this factor are drawn on a logarithmic scale."""
 COLOURS, MARKS, DASHES = 5, 4, 3
@@ -50,6 +50,8 @@ class Label(NamedTuple):
     x: float
     y: float
     words: str
+    above: bool = False
+    """Where there is room; else below."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,9 @@ def scale_of(curves: Iterable[Curve]) -> Scale:
     curves = list(curves)
     ys = [p.y for curve in curves for p in curve.points if p.y is not None]
     ends = [end for curve in curves for p in curve.points for end in (p.low, p.high) if end is not None]
-    ends += [y for curve in curves for _, y in curve.floor]
+    # A floor far away is drawn at the edge, so that it does not press the curves together.
+    near = max(map(abs, ys))
+    ends += [y for curve in curves for _, y in curve.floor if near / LOG_FROM**2 < abs(y) < near * LOG_FROM]
     low, high = min([*ys, *ends]), max([*ys, *ends])
     # An error bar that reaches below 0 is cut: it must not hide all the rest.
     above = min((value for value in [*ys, *ends] if value > 0), default=0.0)
@@ -252,8 +256,10 @@ def _labels(chart: Chart, scale: Scale) -> str:
     parts = []
     for label in chart.labels:
         at = 100 * label.x / chart.x_to
-        kind = "label end" if at > 60 else "label"
-        place = f"left:{at:.2f}%;top:{scale.at(label.y) / 10:.2f}%"
+        height = scale.at(label.y) / 10
+        above = height > 12 if label.above else height > 88
+        kind = f"label{' end' if at > 60 else ''}{' above' if above else ''}"
+        place = f"left:{at:.2f}%;top:{height:.2f}%"
         parts.append(f'<span class="{kind}" style="{place}">{text(label.words)}</span>')
     return "".join(parts)
 
@@ -360,6 +366,8 @@ figcaption { font-size: .85rem; }
 .plot .label { transform: translate(.2rem, .45rem); color: var(--fore);
   text-shadow: 0 0 3px var(--back), 0 0 3px var(--back), 0 0 3px var(--back); }
 .plot .label.end { transform: translate(calc(-100% + .2rem), .45rem); }
+.plot .label.above { transform: translate(.2rem, calc(-100% - .7rem)); }
+.plot .label.end.above { transform: translate(calc(-100% + .2rem), calc(-100% - .7rem)); }
 @media (max-width: 40rem) { .plot .spare { display: none; } .plot { margin-left: 2.7rem; } }
 .fade { fill: var(--grey); opacity: .13; }
 .chart path { fill: none; vector-effect: non-scaling-stroke; stroke-width: 1.6px; stroke-linejoin: round; }

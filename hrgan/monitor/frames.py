@@ -173,16 +173,17 @@ def show(strip: Strip, name: str, about: str, size: Callable[[int], str]) -> str
         stages = f'<div class="pair">{stages}<div class="stage real">{beside}</div></div>'
     last = len(figures) - 1
     return (
-        f'<div class="frames" id="{name}">{stages}<div class="control" hidden><button type="button">Play</button>'
-        f'<input type="range" min="0" max="{last}" value="{last}" aria-label="{text(about)} over time">'
-        f"<output></output></div></div>{left_out(strip)}"
+        f'<div class="frames" id="{name}"><div class="control" hidden><button type="button">Play</button>'
+        f"<output></output>"
+        f'<input type="range" min="0" max="{last}" value="{last}" aria-label="{text(about)} over time"></div>'
+        f"{stages}</div>{left_out(strip)}"
     )
 
 
 def _img(shot: Shot, about: str) -> str:
     width, height = shot.size
     source = data_url(shot.content, shot.kind)
-    return f'<img src="{source}" width="{width}" height="{height}" alt="{text(about)}" loading="lazy">'
+    return f'<img src="{source}" width="{width}" height="{height}" alt="{text(about)}">'
 
 
 def left_out(strip: Strip) -> str:
@@ -209,10 +210,11 @@ STYLE = """\
 .frame img { width: 100%; background: var(--panel); }
 .frame figcaption { text-align: center; margin-top: .3rem; }
 .alone .stage { max-width: 48rem; }
-.control:not([hidden]) { display: flex; flex-wrap: wrap; align-items: center; gap: .4rem .8rem; position: sticky;
-  bottom: 0; padding: .6rem 0; background: var(--back); }
-.control input { flex: 1 1 10rem; min-width: 0; height: 2rem; accent-color: var(--plain); }
-.control output { min-width: 8.5rem; text-align: right; font-variant-numeric: tabular-nums; }
+.control:not([hidden]) { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem .8rem; margin: .4rem 0 .6rem; }
+.control input { flex: 1 1 14rem; min-width: 0; height: 2rem; margin: 0; accent-color: var(--plain); }
+.control output { min-width: 9rem; font-variant-numeric: tabular-nums; }
+@media (max-width: 40rem) { .control input { order: 3; flex-basis: 100%; } }
+.live .made figcaption { display: none; }
 .control button { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line);
   border-radius: 6px; padding: .3rem .9rem; min-width: 5rem; cursor: pointer; }
 """

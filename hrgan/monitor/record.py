@@ -59,7 +59,7 @@ class Record:
             return "finished"
         if self.stopped is not None:
             return f"stopped: {self.stopped or 'on request'}"
-        return "running, or interrupted without a word"
+        return "running or interrupted"
 
     @property
     def kimg(self) -> float:

@@ -68,11 +68,15 @@ def _header(record: Record, log: Path) -> str:
     if best is not None:
         name = str(main_metric(best))
         kept = "" if (record.folder / "checkpoints" / str(best["nimg"])).is_dir() else " (no longer kept)"
-        pairs.append((f"least {name}", _number(values(best)[name])))
-        if (floor := number(values(best)[name].floor)) is not None:
-            pairs.append(("its floor, reals against reals", short(floor)))
-        pairs.append(("at", f"{record.size(best['resolution'])}, {short(best['nimg'] / 1000, 7)} kimg{kept}"))
-        pairs.append(("extractor", f"{best.get('extractor')}, {describe(provenance(best), ('num_fake', 'num_real'))}"))
+        pairs.append(
+            ("best checkpoint", f"{short(best['nimg'] / 1000, 7)} kimg, {record.size(best['resolution'])}{kept}")
+        )
+        floor = number(values(best)[name].floor)
+        pairs.append((f"its {name}", number_text(values(best)[name])))
+        if floor is not None:
+            pairs.append(("floor: reals against reals", short(floor)))
+        counts = describe(provenance(best), ("num_fake", "num_real"))
+        pairs.append(("measured with", f"{best.get('extractor')}; {counts}"))
     if any(stands_in(metric) for row in record.metrics if (metric := main_metric(row))):
         note = (
             "<p>A Fréchet distance from another extractor than Inception is not FID: it may be compared only with "
@@ -81,7 +85,8 @@ def _header(record: Record, log: Path) -> str:
     return f"<header><h1>{text(record.name)}</h1></header>{facts(pairs)}{note}"
 
 
-def _number(of: Value) -> str:
+def number_text(of: Value) -> str:
+    """A metric's number with its standard error."""
     value, error = number(of.value), number(of.error)
     if value is None:
         return "not computed"
@@ -149,12 +154,13 @@ def metric_chart(record: Record, metric: str) -> Chart:
     kinds = by_kind(record.metrics, metric)
     families = list(dict.fromkeys(kind[1:] for kind in kinds))
     names = [key for key in differing(kinds) if key != "resolution"]
-    curves, labels = [], []
+    curves: list[Curve] = []
+    labels: list[Label] = []
     for family, rest in enumerate(families):
         alike = [kind for kind in kinds if kind[1:] == rest]
         for place, kind in enumerate(alike):
-            sizes = ", ".join(record.size(kind[0]) for kind in alike)
-            legend = f"({sizes}: a curve each)" if len(alike) > 1 else f"({sizes})"
+            sizes = [record.size(kind[0]) for kind in alike]
+            legend = f"{sizes[0]} to {sizes[-1]}, a curve each" if len(alike) > 1 else sizes[0]
             name = describe(kind, names, record.grid) or metric
             # Neighbours in time differ by their filling, families by colour, form and dashes.
             look = Look(family, family, 2 * (family % 2) + place % 2)
@@ -163,7 +169,7 @@ def metric_chart(record: Record, metric: str) -> Chart:
             curve_name = f"{size}, {describe(kind, names, record.grid)}" if names else size
             shown = legend if place == 0 and len(kinds) > 1 else None if len(kinds) > 1 else ""
             curves.append(Curve(name if shown else curve_name, points, look, floor, shown))
-        labels += _labels(curves[-1], metric)
+        labels += [label for label in _labels(curves[-1], metric) if label.words not in [of.words for of in labels]]
     better = "less is better" if less_is_better(metric) else "more is better"
     return Chart(f"{metric}, {better}", curves, record.kimg, record.bands(), labels=labels)
 
@@ -186,9 +192,9 @@ def _labels(curve: Curve, metric: str) -> list[Label]:
     there = [(point.x, point.y) for point in curve.points if point.y is not None]
     labels = [Label(*curve.floor[0], f"floor {short(curve.floor[0][1], 3)}")] if curve.floor else []
     if there:
-        sign = 1 if less_is_better(metric) else -1
-        x, y = min(there, key=lambda point: sign * point[1])
-        labels.append(Label(x, y, short(y)))
+        less = less_is_better(metric)
+        x, y = min(there, key=lambda point: point[1] if less else -point[1])
+        labels.append(Label(x, y, short(y), above=not less))
     return labels
 
 
@@ -206,7 +212,7 @@ def _rows(record: Record) -> str:
     for extractor in dict.fromkeys(row.get("extractor") for row in reversed(record.metrics)):
         rows = [row for row in record.metrics if row.get("extractor") == extractor]
         parts.append(_table(record, sorted(rows, key=lambda row: int(row["nimg"]))[::-1]))
-    return f"<section><h2>Evaluations</h2>{''.join(parts)}</section>"
+    return f'<section class="rows"><h2>Evaluations</h2>{"".join(parts)}</section>'
 
 
 def _table(record: Record, rows: list[Row]) -> str:
@@ -236,9 +242,13 @@ def _stated(record: Record, key: str, value: Any) -> str:
         return record.size(value)
     if value is None:
         return "not recorded"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float) and key == "seconds":
         return f"{value:,.1f}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if isinstance(value, str) and len(value) == 64:  # A sha256 says enough with its beginning.
+        return f"{value[:16]}…"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _cell(of: Value | None) -> str:
@@ -247,19 +257,14 @@ def _cell(of: Value | None) -> str:
     floor = number(of.floor)
     full = f' title="{text(of.value)}"' if of.value is not None else ""
     below = f'<small>floor {short(floor)}</small>' if floor is not None else ""
-    return f"<span{full}>{_number(of)}</span>{below}"
+    return f"<span{full}>{number_text(of)}</span>{below}"
 
 
 def _details(record: Record, row: Row) -> str:
     """By count and by class, where the row has that."""
-    parts = []
-    for key, found in row.items():
-        if not isinstance(found, Mapping):
-            continue
-        if key.endswith("_at"):
-            parts.append(draw(_by_count(key.removesuffix("_at"), found)))
-        if key.endswith("_by_class"):
-            parts.append(_by_class(key.removesuffix("_by_class"), found))
+    found = [(key, value) for key, value in row.items() if isinstance(value, Mapping)]
+    parts = [draw(_by_count(key.removesuffix("_at"), of)) for key, of in found if key.endswith("_at")]
+    parts += [_by_class(key.removesuffix("_by_class"), of) for key, of in found if key.endswith("_by_class")]
     if not parts:
         return ""
     place = f"{short(row['nimg'] / 1000, 7)} kimg, {record.size(row['resolution'])}"
@@ -396,11 +401,12 @@ def _plain(value: Any) -> str:
 STYLE = """\
 .warn { background: var(--warn); border: 1px solid var(--line); border-radius: 6px; padding: 1rem; }
 .remedy { color: var(--soft); }
+.rows tbody th, .rows tbody td { vertical-align: top; white-space: nowrap; }
+@media (min-width: 40rem) { .rows th:not(:first-child), .rows td { padding-left: 1.4rem; } }
 td small { display: block; color: var(--soft); }
 td b, th b { font-weight: 600; }
 .config td { white-space: normal; text-align: left; }
-.config th { text-align: left; padding-left: 1rem; }
-.config th:first-child { padding-left: 0; }
+.config th { text-align: left; }
 header + dl { margin-top: 1rem; }
 header + dl div:last-child dd { font: inherit; }
 a { color: var(--plain); }
