@@ -140,7 +140,7 @@ def comparison(runs: Sequence[Path], metric: str | None = None) -> Comparison:
         return Group(kind, entries)
 
     shown = [group(kind) for kind in _shown(kinds)]
-    shown.sort(key=lambda of: (-len(of.entries), -int(of.kind[0])))
+    shown.sort(key=lambda of: (-len(of.entries), -int(of.kind[0]), -sum(len(entry.rows) for entry in of.entries)))
     taken = {of.kind for of in shown}
     lower = [group(kind) for kind, count in _counted(kinds).items() if count > 1 and kind not in taken]
     return Comparison(metric, names, records, shown, sorted(lower, key=lambda of: -int(of.kind[0])), without)
@@ -186,17 +186,17 @@ def _counted(kinds: Iterable[dict[Kind, list[Row]]]) -> Counter[Kind]:
 
 
 def _shown(kinds: Sequence[dict[Kind, list[Row]]]) -> list[Kind]:
-    """For each run what it shares with most others at its largest resolution; where that is with none, also what it
-    shares at the largest of its other resolutions."""
+    """For each run all that it shares with others at its largest resolution. Where that is nothing, most of what it has
+    there, and what it shares at the largest of its other resolutions."""
     counts, shown = _counted(kinds), dict[Kind, None]()
-    for of in kinds:
-        if not of:
-            continue
+    for of in filter(None, kinds):
         largest = max(kind[0] for kind in of)
-        own = max((k for k in of if k[0] == largest), key=lambda k: (counts[k], len(of[k]), of[k][-1]["nimg"]))
-        shown[own] = None
-        shared = [kind for kind in of if counts[kind] > 1]
-        if counts[own] == 1 and shared:
+        there, shared = [kind for kind in of if kind[0] == largest], [kind for kind in of if counts[kind] > 1]
+        if both := [kind for kind in there if kind in shared]:
+            shown.update(dict.fromkeys(both))
+            continue
+        shown[max(there, key=lambda kind: (len(of[kind]), of[kind][-1]["nimg"]))] = None
+        if shared:
             shown[max(shared, key=lambda kind: (kind[0], counts[kind]))] = None
     return list(shown)
 
@@ -365,7 +365,10 @@ def _plot(found: Comparison, group: Group, hours: bool) -> Chart:
     same = not hours and all(of == bands[0] for of in bands)
     title = f"{found.metric} over {'hours trained' if hours else 'thousands of images'}"
     unit = "hours" if hours else "kimg"
-    return Chart(title, shown, max(ends, default=1.0) or 1.0, bands[0] if same else (), unit, labels=labels)
+    first, last = min(ends, default=0.0), max(ends, default=1.0) or 1.0
+    # The numbers of a late phase take the whole width.
+    start = first - 0.04 * (last - first) if 0.35 * last < first < last else 0.0
+    return Chart(title, shown, last, bands[0] if same else (), unit, labels=labels, x_from=start)
 
 
 def _configs(found: Comparison) -> str:

@@ -92,6 +92,11 @@ class Chart:
     labels: Sequence[Label] = ()
     percent: bool = False
     note: str = ""
+    x_from: float = 0.0
+
+    def across(self, x: float) -> float:
+        """Its place on the axis, from 0 to 1 where it is on it."""
+        return (x - self.x_from) / (self.x_to - self.x_from)
 
 
 # Numbers
@@ -181,13 +186,13 @@ def draw(chart: Chart) -> str:
         return f'<figure class="chart">{head}<p>No numbers.</p></figure>'
     scale = scale_of(curves)
     note = f"<figcaption>{text(chart.note)}</figcaption>" if chart.note else ""
-    ticks = chart.ticks or [(x, short(x, 6)) for x in round_numbers(0, chart.x_to, 4)]
+    ticks = chart.ticks or [(x, short(x, 6)) for x in round_numbers(chart.x_from, chart.x_to, 4)]
     lines = "".join(f'<path class="grid" d="M0 {scale.at(y):.1f}H1000"/>' for y in scale.ticks())
-    shapes = "".join(_curve(curve, scale, chart.x_to) for curve in curves)
+    shapes = "".join(_curve(curve, scale, chart) for curve in curves)
     about = text(f"{chart.title}: {', '.join(curve.name for curve in curves)}")
     return (
-        f'<figure class="chart">{head}{_legend(curves)}<div class="plot" tabindex="0" data-to="{chart.x_to:.6g}" '
-        f'data-unit="{text(chart.unit)}"{" data-percent" if chart.percent else ""}>'
+        f'<figure class="chart">{head}{_legend(curves)}<div class="plot" tabindex="0" '
+        f'data-from="{chart.x_from:.6g}" data-to="{chart.x_to:.6g}" data-unit="{text(chart.unit)}"{" data-percent" if chart.percent else ""}>'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{about}">'
         f"{_bands(chart)}{lines}{shapes}</svg>{_sizes(chart)}{_heights(scale, chart.percent)}{_places(chart, ticks)}"
         f"{_labels(chart, scale)}</div>{note}</figure>"
@@ -196,19 +201,17 @@ def draw(chart: Chart) -> str:
 
 def _bands(chart: Chart) -> str:
     """Fades shaded, and a line where a resolution begins."""
-    parts, across = [], 1000 / chart.x_to
+    parts = []
     for band in chart.bands:
-        start, end = band.start * across, min(band.end, chart.x_to) * across
-        if start >= 1000:
-            continue
-        if band.fading:
+        start, end = (1000 * min(1.0, max(0.0, chart.across(kimg))) for kimg in (band.start, band.end))
+        if band.fading and end > start:
             parts.append(
                 f'<rect class="fade" x="{start:.2f}" y="0" width="{end - start:.2f}" height="1000">'
                 f"<title>{text(band.size)} fades in</title></rect>"
             )
     for before, after in pairwise(chart.bands):
-        if before.size != after.size and after.start < chart.x_to:
-            parts.append(f'<path class="border" d="M{after.start * across:.2f} 0V1000"/>')
+        if before.size != after.size and chart.x_from < after.start < chart.x_to:
+            parts.append(f'<path class="border" d="M{1000 * chart.across(after.start):.2f} 0V1000"/>')
     return "".join(parts)
 
 
@@ -216,12 +219,13 @@ def _sizes(chart: Chart) -> str:
     """The resolutions above the plot, those left out that would run into another: the larger ones stay."""
     spans: dict[str, list[float]] = {}
     for band in chart.bands:
-        if band.start < chart.x_to:
-            spans.setdefault(band.size, [band.start, band.end])[1] = min(band.end, chart.x_to)
+        if band.start < chart.x_to and band.end > chart.x_from:
+            span = spans.setdefault(band.size, [max(band.start, chart.x_from), 0.0])
+            span[1] = min(band.end, chart.x_to)
     parts = []
     last_wide, last_narrow = math.inf, math.inf
     for size, (start, end) in reversed(spans.items()):
-        at = 50 * (start + end) / chart.x_to
+        at = 100 * chart.across((start + end) / 2)
         # In per cent of the plot, which is about 300 pixels wide on a phone and 500 elsewhere.
         room = 1.5 + 1.45 * len(size)
         if last_wide - at < room:
@@ -245,7 +249,7 @@ def _heights(scale: Scale, percent: bool) -> str:
 def _places(chart: Chart, ticks: Sequence[tuple[float, str]]) -> str:
     parts = []
     for number, (x, words) in enumerate(ticks):
-        at = 100 * x / chart.x_to
+        at = 100 * chart.across(x)
         unit = f" {chart.unit}" if number == len(ticks) - 1 else ""
         kind = "x last" if at > 88 else "x"
         parts.append(f'<span class="{kind}" style="left:{at:.2f}%">{text(words)}{text(unit)}</span>')
@@ -255,7 +259,7 @@ def _places(chart: Chart, ticks: Sequence[tuple[float, str]]) -> str:
 def _labels(chart: Chart, scale: Scale) -> str:
     parts = []
     for label in chart.labels:
-        at = 100 * label.x / chart.x_to
+        at = 100 * chart.across(label.x)
         height = scale.at(label.y) / 10
         above = height > 12 if label.above else height > 88
         kind = f"label{' end' if at > 60 else ''}{' above' if above else ''}"
@@ -284,16 +288,16 @@ def _legend(curves: Sequence[Curve]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _curve(curve: Curve, scale: Scale, x_to: float) -> str:
+def _curve(curve: Curve, scale: Scale, chart: Chart) -> str:
     """One <g> with its own paths, and its numbers for the script."""
 
     def place(x: float, y: float) -> str:
-        return f"{1000 * x / x_to:.1f} {scale.at(y):.1f}"
+        return f"{1000 * chart.across(x):.1f} {scale.at(y):.1f}"
 
     there, runs = [point for point in curve.points if point.y is not None], _runs(curve.points)
     parts = []
     if curve.floor:
-        d = "L".join(place(x, y) for x, y in _widened(curve.floor, x_to))
+        d = "L".join(place(x, y) for x, y in _widened(curve.floor, chart))
         parts.append(f'<path class="floor" d="M{d}"/>')
     around = [p for p in there if p.low is not None and p.high is not None]
     if curve.look.mark is None:
@@ -339,10 +343,11 @@ def _outline(run: Sequence[Point], place: Any) -> str:
     return f"M{'L'.join([*top, *(place(p.x, p.low) for p in reversed(run))])}Z"
 
 
-def _widened(floor: Sequence[tuple[float, float]], x_to: float) -> list[tuple[float, float]]:
+def _widened(floor: Sequence[tuple[float, float]], chart: Chart) -> list[tuple[float, float]]:
     """So that the floor of a single point is seen, too."""
     (first, y), (last, end) = floor[0], floor[-1]
-    return [(max(0.0, first - 0.015 * x_to), y), *floor, (min(x_to, last + 0.015 * x_to), end)]
+    more = 0.015 * (chart.x_to - chart.x_from)
+    return [(max(chart.x_from, first - more), y), *floor, (min(chart.x_to, last + more), end)]
 
 
 STYLE = """\
@@ -398,7 +403,7 @@ figcaption { font-size: .85rem; }
 SCRIPT = """\
 "use strict";
 for (const plot of document.querySelectorAll(".plot")) {
-  const to = +plot.dataset.to, percent = "percent" in plot.dataset;
+  const from = +plot.dataset.from, to = +plot.dataset.to, percent = "percent" in plot.dataset;
   let curves = null, xs = [], at = -1, rule, tip;
   const words = value => value === null ? "none" : percent ? (100 * value).toFixed(1) + " %" :
     Math.abs(value) >= 1e4 ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(5));
@@ -417,7 +422,7 @@ for (const plot of document.querySelectorAll(".plot")) {
   };
   const show = number => {
     at = Math.min(Math.max(number, 0), xs.length - 1);
-    const x = xs[at], left = 100 * x / to;
+    const x = xs[at], left = 100 * (x - from) / (to - from);
     const lines = [+x.toPrecision(6) + " " + plot.dataset.unit];
     if (plot.dataset.unit === "pictures") lines[0] = (x ? Math.round(1 / x) : "∞") + " pictures";
     for (const curve of curves)
@@ -432,7 +437,7 @@ for (const plot of document.querySelectorAll(".plot")) {
   const hide = () => { if (curves) rule.hidden = tip.hidden = true; };
   const move = event => {
     if (!curves) read();
-    const box = plot.getBoundingClientRect(), x = to * (event.clientX - box.left) / box.width;
+    const box = plot.getBoundingClientRect(), x = from + (to - from) * (event.clientX - box.left) / box.width;
     let best = 0;
     xs.forEach((value, number) => { if (Math.abs(value - x) < Math.abs(xs[best] - x)) best = number; });
     show(best);
