@@ -65,6 +65,8 @@ class Curve:
     """(x, y) of the best that the number could be."""
     legend: str | None = ""
     """What the legend says beside the name; None: another curve's entry stands for this one."""
+    family: str | None = None
+    """The name in the legend where an entry stands for several curves."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ def draw(chart: Chart) -> str:
     about = text(f"{chart.title}: {', '.join(curve.name for curve in curves)}")
     return (
         f'<figure class="chart">{head}{_legend(curves)}<div class="plot" tabindex="0" '
-        f'data-from="{chart.x_from:.6g}" data-to="{chart.x_to:.6g}" data-unit="{text(chart.unit)}"{" data-percent" if chart.percent else ""}>'
+        f'data-from="{chart.x_from:.6g}" data-to="{chart.x_to:.6g}" data-unit="{text(chart.unit)}"'
+        f"{' data-percent' if chart.percent else ''}>"
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{about}">'
         f"{_bands(chart)}{lines}{shapes}</svg>{_sizes(chart)}{_heights(scale, chart.percent)}{_places(chart, ticks)}"
         f"{_labels(chart, scale)}</div>{note}</figure>"
@@ -283,7 +286,7 @@ def _legend(curves: Sequence[Curve]) -> str:
         marks = "" if curve.look.mark is None else '<path class="dots" d="M15 6h0"/><path class="holes" d="M15 6h0"/>'
         items.append(
             f'<li><svg class="key {_classes(curve.look)}" viewBox="0 0 30 12" aria-hidden="true"><path class="line" '
-            f'd="M1 6H29"/>{marks}</svg>{text(curve.name)} <b>{text(curve.legend)}</b></li>'
+            f'd="M1 6H29"/>{marks}</svg>{text(curve.family or curve.name)} <b>{text(curve.legend)}</b></li>'
         )
     return f'<ul class="legend">{"".join(items)}</ul>'
 

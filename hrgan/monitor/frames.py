@@ -115,7 +115,7 @@ def _shots(path: Path, split: bool) -> tuple[Shot, Shot | None]:
         picture = _rgb(file)
     half = (picture.width - BAND) // 2
     pixels = np.asarray(picture)
-    if split and half > 0 and picture.width == 2 * half + BAND and (pixels[:, half : half + BAND] == 255).all():
+    if split and half >= BAND and picture.width == 2 * half + BAND and (pixels[:, half : half + BAND] == 255).all():
         left = picture.crop((0, 0, half, picture.height))
         return _shot(left), _shot(picture.crop((half + BAND, 0, picture.width, picture.height)))
     return _shot(picture), None

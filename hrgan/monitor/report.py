@@ -161,14 +161,12 @@ def metric_chart(record: Record, metric: str) -> Chart:
         for place, kind in enumerate(alike):
             sizes = [record.size(kind[0]) for kind in alike]
             legend = f"{sizes[0]} to {sizes[-1]}, a curve each" if len(alike) > 1 else sizes[0]
-            name = describe(kind, names, record.grid) or metric
             # Neighbours in time differ by their filling, families by colour, form and dashes.
             look = Look(family, family, 2 * (family % 2) + place % 2)
             points, floor = metric_points(kinds[kind], metric)
-            size = record.size(kind[0])
-            curve_name = f"{size}, {describe(kind, names, record.grid)}" if names else size
-            shown = legend if place == 0 and len(kinds) > 1 else None if len(kinds) > 1 else ""
-            curves.append(Curve(name if shown else curve_name, points, look, floor, shown))
+            name = describe(kind, ["resolution", *names], record.grid)
+            shown = "" if len(kinds) == 1 else legend if place == 0 else None
+            curves.append(Curve(name, points, look, floor, shown, describe(kind, names, record.grid) or metric))
         labels += [label for label in _labels(curves[-1], metric) if label.words not in [of.words for of in labels]]
     better = "less is better" if less_is_better(metric) else "more is better"
     return Chart(f"{metric}, {better}", curves, record.kimg, record.bands(), labels=labels)
