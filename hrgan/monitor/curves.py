@@ -188,7 +188,7 @@ def draw(chart: Chart) -> str:
         return f'<figure class="chart">{head}<p>No numbers.</p></figure>'
     scale = scale_of(curves)
     note = f"<figcaption>{text(chart.note)}</figcaption>" if chart.note else ""
-    ticks = chart.ticks or [(x, short(x, 6)) for x in round_numbers(chart.x_from, chart.x_to, 4)]
+    ticks = chart.ticks or [(x, short(x, 6)) for x in round_numbers(chart.x_from, chart.x_to, 3)]
     lines = "".join(f'<path class="grid" d="M0 {scale.at(y):.1f}H1000"/>' for y in scale.ticks())
     shapes = "".join(_curve(curve, scale, chart) for curve in curves)
     about = text(f"{chart.title}: {', '.join(curve.name for curve in curves)}")

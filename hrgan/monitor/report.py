@@ -208,14 +208,14 @@ def _rows(record: Record) -> str:
         return ""
     parts = []
     for extractor in dict.fromkeys(row.get("extractor") for row in reversed(record.metrics)):
-        rows = [row for row in record.metrics if row.get("extractor") == extractor]
-        parts.append(_table(record, sorted(rows, key=lambda row: int(row["nimg"]))[::-1]))
+        parts.append(_table(record, [row for row in record.metrics if row.get("extractor") == extractor]))
     return f'<section class="rows"><h2>Evaluations</h2>{"".join(parts)}</section>'
 
 
 def _table(record: Record, rows: list[Row]) -> str:
-    """rows: newest first."""
-    names, best = metrics_of(rows[::-1]), best_row(rows)
+    """rows: as they stand in the file."""
+    names, best = metrics_of(rows), best_row(rows)
+    rows = sorted(rows, key=lambda row: int(row["nimg"]))[::-1]
     known = [key for key in STATED if key in PROVENANCE or any(key in row for row in rows)]
     varying = [key for key in known if len({str(row.get(key)) for row in rows}) > 1]
     same = [(key, _stated(record, key, rows[0].get(key))) for key in known if key not in varying]
