@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from hrgan.errors import UserError
+
 
 def text(value: object) -> str:
     """For HTML, in text and in attributes: cut where very long, unseen characters as their escapes, such as \\n."""
@@ -69,7 +71,9 @@ def whole(title: str, body: str, style: str = "", script: str = "") -> str:
 
 
 def write_page(path: Path, page: str) -> Path:
-    """Write a page atomically, and return its path."""
+    """Write a page atomically, and return its path. UserError where its folder does not exist."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; make it or name another place")
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         temporary.write_text(page, encoding="utf-8", errors="replace")

@@ -100,7 +100,7 @@ def test_the_page_of_a_trained_run_holds_the_numbers_of_its_files(trained: Path,
     assert [y for _, y in logged["discriminator"]] == pytest.approx([row["loss_d"] for row in log], rel=1e-5)
     assert "finished" in made.text
     assert "is not FID" in made.text
-    assert made.row("<b>network.latent</b>") == ["8", "512"]
+    assert made.row("<b>network.latent</b>") == ["8  default: 512"]
     assert made.row("loss.gp_lambda") == ["10.0"]
     pictures = list((trained / "samples").glob("*.png"))
     assert len([1 for tag, of in made.elements if tag == "figure" and "data-kimg" in of]) == len(pictures) > 0
@@ -182,6 +182,15 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: Any) -> None
     assert "no run (it has none of environment.json" in capsys.readouterr().err
     with pytest.raises(UserError, match="no such folder"):
         write_report(tmp_path / "missing")
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: Any) -> None:
+    run = small_run(tmp_path / "run")
+    assert cli("report", run, "--out", tmp_path / "none" / "page.html") == 2
+    assert f"there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
+    assert cli("report", run, "--out", tmp_path) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 # Curves
@@ -608,6 +617,26 @@ def test_a_pointer_shows_the_numbers_at_its_place(chromium: Any, long: Path, wid
 
     plot.send_keys(Keys.ARROW_LEFT)
     assert chromium.find_element("css selector", ".tip").text.splitlines()[0] == "11700 kimg"
+
+
+@pytest.mark.slow
+def test_a_tap_shows_the_numbers_until_another_chart_is_tapped(chromium: Any, long: Path) -> None:
+    show(chromium, write_report(long), 390)
+    chromium.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    try:
+        for number in (0, 1):
+            plot = chromium.find_elements("css selector", ".plot")[number]
+            chromium.execute_script("arguments[0].scrollIntoView({block: 'center'})", plot)
+            box = chromium.execute_script("return arguments[0].getBoundingClientRect().toJSON()", plot)
+            point = {"x": box["left"] + 5, "y": box["top"] + 50}
+            for kind, points in (("touchStart", [point]), ("touchEnd", [])):
+                chromium.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+            time.sleep(0.5)  # Chromium waits for a second tap before it focuses.
+            tips = [tip.text for tip in chromium.find_elements("css selector", ".tip") if tip.is_displayed()]
+            assert len(tips) == 1
+            assert tips[0].startswith("300 kimg\n4², 10,000 generated: ")
+    finally:
+        chromium.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
 
 
 @pytest.mark.slow

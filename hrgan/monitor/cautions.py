@@ -96,7 +96,10 @@ def _waiting(record: Record) -> Iterator[Caution]:
     total = sum(seconds for _, seconds in waited.values())
     slow = {r: (w / s, s / total) for r, (w, s) in waited.items() if s > 0 and w / s > WAITED}
     if slow:
-        parts = (f"{share:.0%} of the time at {record.size(r)}, {of:.0%} of the run" for r, (share, of) in slow.items())
+        parts = (
+            f"{share:.0%} of the time at {record.size(r)} (which took {of:.0%} of the run's)"
+            for r, (share, of) in slow.items()
+        )
         yield Caution(
             "waiting",
             f"Training waited for data: {'; '.join(parts)}.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 from collections.abc import Callable
@@ -75,20 +76,20 @@ def strip_of(folder: Path, budget: float, split: bool) -> Strip:
     the last and an even choice. split: part generated from real ones, so that reals stand in the page once."""
     found, strip = frames_in(folder), Strip()
     shots: dict[Frame, tuple[Shot, Shot | None] | None] = {}
+    reals: dict[bytes, Shot] = {}
 
     def load(frame: Frame) -> tuple[Shot, Shot | None] | None:
         if frame not in shots:
             try:
-                shots[frame] = _shots(frame.path, split)
+                shots[frame] = _shots(frame.path, split, reals)
             # Pillow raises all of these for files that are cut or no pictures.
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                 shots[frame] = None
         return shots[frame]
 
-    # The last is of the largest resolution: by its size most need not be opened in vain.
-    last = next((made for frame in reversed(found) if (made := load(frame))), None)
-    each = _in_page(last[0].content) if last else 1
-    most = max(2, min(len(found), int(1.5 * budget / each)))
+    # By the size of a few, most of those that will be left out need not be opened.
+    probes = [_in_page(made[0].content) for frame in even(found, 5) if (made := load(frame))]
+    most = max(2, min(len(found), int(1.05 * budget * len(probes) / sum(probes)))) if probes else len(found)
     while True:
         strip = Strip(found=len(found))
         for frame in even(found, most):
@@ -110,14 +111,18 @@ def even(frames: list[Frame], most: int) -> list[Frame]:
     return [frames[round(number * (len(frames) - 1) / (most - 1))] for number in range(most)]
 
 
-def _shots(path: Path, split: bool) -> tuple[Shot, Shot | None]:
+def _shots(path: Path, split: bool, reals: dict[bytes, Shot]) -> tuple[Shot, Shot | None]:
+    """reals: those made already, by what they are made of: a run shows the same ones hundreds of times."""
     with Image.open(path) as file:
         picture = _rgb(file)
     half = (picture.width - BAND) // 2
     pixels = np.asarray(picture)
     if split and half >= BAND and picture.width == 2 * half + BAND and (pixels[:, half : half + BAND] == 255).all():
-        left = picture.crop((0, 0, half, picture.height))
-        return _shot(left), _shot(picture.crop((half + BAND, 0, picture.width, picture.height)))
+        left, right = (picture.crop((x, 0, x + half, picture.height)) for x in (0, half + BAND))
+        digest = hashlib.sha256(right.tobytes()).digest()
+        if digest not in reals:
+            reals[digest] = _shot(right)
+        return _shot(left), reals[digest]
     return _shot(picture), None
 
 
@@ -132,12 +137,13 @@ def _rgb(file: Image.Image) -> Image.Image:
 
 def _shot(picture: Image.Image) -> Shot:
     """JPEG, or PNG where that is smaller, as for a few large pixels."""
-    longest = max(picture.size)
+    longest, kinds = max(picture.size), ["JPEG", "PNG"]
     if longest > LONGEST_SIDE:
+        kinds = ["JPEG"]  # Too large for large pixels.
         width, height = (max(1, round(side * LONGEST_SIDE / longest)) for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3)
     made = []
-    for kind in ("JPEG", "PNG"):
+    for kind in kinds:
         buffer = io.BytesIO()
         picture.save(buffer, kind, **({"quality": QUALITY, "subsampling": 0} if kind == "JPEG" else {}))
         made.append(Shot(kind.lower(), buffer.getvalue(), picture.size))

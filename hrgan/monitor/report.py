@@ -367,8 +367,8 @@ def _config(record: Record) -> str:
         if value == defaults[key]:
             kept.append([text(key), _yaml(value)])
         else:
-            changed.append([f"<b>{text(key)}</b>", _yaml(value), _yaml(defaults[key])])
-    first = table(("set here", "value", "default"), changed) if changed else "<p>All as by default.</p>"
+            changed.append([f"<b>{text(key)}</b>", f"{_yaml(value)} <small>default: {_yaml(defaults[key])}</small>"])
+    first = table(("set here", "value"), changed) if changed else "<p>All as by default.</p>"
     rest = _folded(f"{plural(len(kept), 'field')} as by default", table(("field", "value"), kept)) if kept else ""
     return f'<section class="config"><h2>Configuration</h2>{first}{rest}</section>'
 
@@ -407,5 +407,6 @@ td b, th b { font-weight: 600; }
 .config th { text-align: left; }
 header + dl { margin-top: 1rem; }
 header + dl div:last-child dd { font: inherit; }
+@media (min-width: 40rem) { .config small { display: inline; margin-left: 1rem; } }
 a { color: var(--plain); }
 """
