@@ -260,10 +260,15 @@ def _places(chart: Chart, ticks: Sequence[tuple[float, str]]) -> str:
 
 
 def _labels(chart: Chart, scale: Scale) -> str:
-    parts = []
+    """Those left out that would run into an earlier one on a phone."""
+    parts: list[str] = []
+    taken: list[tuple[float, float]] = []
     for label in chart.labels:
         at = 100 * chart.across(label.x)
         height = scale.at(label.y) / 10
+        if any(abs(at - x) < 22 and abs(height - y) < 9 for x, y in taken):
+            continue
+        taken.append((at, height))
         above = height > 12 if label.above else height > 88
         kind = f"label{' end' if at > 60 else ''}{' above' if above else ''}"
         place = f"left:{at:.2f}%;top:{height:.2f}%"

@@ -245,7 +245,7 @@ def _stated(record: Record, key: str, value: Any) -> str:
     if isinstance(value, float) and key == "seconds":
         return f"{value:,.1f}"
     if isinstance(value, str) and len(value) == 64:  # A sha256 says enough with its beginning.
-        return f"{value[:16]}…"
+        return f"{value[:12]}…"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -293,11 +293,13 @@ def _by_count(metric: str, found: Mapping[str, Any]) -> Chart:
             last = x
     return Chart(
         f"{metric} by number of pictures",
-        [Curve("measured", points, Look(0, 0, 0), (), " "), Curve("line through them", line, Look(4, 1), (), " ")],
+        [
+            Curve("measured", points, Look(0, 0, 0), (), " "),
+            Curve("line through them", line, Look(4, 1), (), f"{short(end)} at ∞"),
+        ],
         1.06 * xs[-1],
         unit="pictures",
         ticks=ticks,
-        labels=[Label(0.0, end, short(end))],
     )
 
 
@@ -404,7 +406,8 @@ STYLE = """\
 td small { display: block; color: var(--soft); }
 td b, th b { font-weight: 600; }
 .config td { white-space: normal; text-align: left; }
-.config th { text-align: left; }
+.config th, .config td { text-align: left; vertical-align: top; }
+.rows th:first-child { position: sticky; left: 0; background: var(--back); }
 header + dl { margin-top: 1rem; }
 header + dl div:last-child dd { font: inherit; }
 @media (min-width: 40rem) { .config small { display: inline; margin-left: 1rem; } }
