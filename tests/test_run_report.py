@@ -297,6 +297,18 @@ def test_any_numbers_have_a_scale(ys: tuple[float, ...]) -> None:
     assert "nan" not in draw(Chart("t", [Curve("a", [Point(1.0, y) for y in ys])], 1))
 
 
+def test_a_floor_is_in_sight_unless_it_would_press_the_curve_flat() -> None:
+    def heights(y: float, floor: float) -> tuple[float, float]:
+        scale = scale_of([Curve("a", [Point(0, y), Point(1, 1.2 * y)], floor=[(0, floor)])])
+        return scale.low, scale.high
+
+    assert heights(0.0, 0.93) == (0, pytest.approx(0.9858))
+    low, high = heights(10.0, 0.5)
+    assert low <= 0.5 < high
+    low, high = heights(10.0, 1e-5)
+    assert 1e-5 < low < 10.0
+
+
 def test_bins_keep_the_mean_the_least_and_the_greatest() -> None:
     xs = [float(n) for n in range(1000)]
     points = binned(xs, [None if n < 10 else float(n % 10) for n in range(1000)], 100)
@@ -396,6 +408,13 @@ def test_fewer_reals_than_the_set_has_are_said(tmp_path: Path, shards: Path, use
     run = small_run(tmp_path / "run", [metric_row(40_000, num_real=used, real_set=real_set)])
     (run / "config.yaml").write_text(f"data: {{path: {shards}}}\n")
     assert [one.about for one in cautions(read_record(run))] == ["fewer reals"] * warned
+
+
+@pytest.mark.parametrize(("error", "doubtful"), [(0.01, False), (0.06, True), (None, False)])
+def test_authenticity_within_its_error_is_said_with_doubt(tmp_path: Path, error: float | None, doubtful: bool) -> None:
+    row = metric_row(40_000, authenticity=0.4, authenticity_error=error)
+    (found,) = cautions(read_record(small_run(tmp_path / "run", [row])))
+    assert ("by less than twice its error" in found.says) is doubtful
 
 
 def test_growing_alone_is_no_change_of_provenance(tmp_path: Path) -> None:

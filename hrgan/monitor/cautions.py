@@ -217,10 +217,12 @@ def _memorised(record: Record) -> Iterator[Caution]:
     )
     for name, of in values(newest).items() if newest else ():
         if name.startswith("authenticity") and of.value is not None and of.value < 0.5:
+            error = number(of.error)
+            doubt = " (by less than twice its error)" if error is not None and 0.5 - of.value < 2 * error else ""
             yield Caution(
                 "memorised",
-                f"{name} is {short(of.value)}, below 0.5: generated pictures lie nearer to training pictures than "
-                "those to each other.",
+                f"{name} is {short(of.value)}, below 0.5{doubt}: generated pictures lie nearer to training pictures "
+                "than those to each other.",
                 "Look at the nearest neighbours; train shorter, on more pictures or with mirroring.",
             )
 

@@ -17,7 +17,7 @@ from hrgan.metrics.rows import PROVENANCE, Row, Value, main_metric, values
 from hrgan.monitor import curves
 from hrgan.monitor.cautions import surely_differs
 from hrgan.monitor.curves import Chart, Curve, Label, Look, draw, short
-from hrgan.monitor.groups import Kind, against, by_kind, describe, less_is_better, metrics_of, stands_in
+from hrgan.monitor.groups import Kind, against, by_kind, describe, floor_word, less_is_better, metrics_of, stands_in
 from hrgan.monitor.record import Record, number, read_record
 from hrgan.monitor.report import metric_points, number_text
 from hrgan.page import table, text, whole, write_page
@@ -359,7 +359,7 @@ def _plot(found: Comparison, group: Group, hours: bool) -> Chart:
         look = Look(entry.place, entry.place // curves.COLOURS, entry.place)
         shown.append(Curve(entry.name, points, look, floor, number_text(values(entry.best)[found.metric])))
         if floor and not labels:
-            labels.append(Label(*floor[0], f"floor {short(floor[0][1], 3)}"))
+            labels.append(Label(*floor[0], f"{floor_word(found.metric)} {short(floor[0][1], 3)}"))
     ends = [point.x for curve in shown for point in curve.points]
     bands = [entry.record.bands() for entry in group.entries]
     same = not hours and all(of == bands[0] for of in bands)

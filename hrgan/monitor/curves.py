@@ -153,7 +153,7 @@ class Scale:
 def round_numbers(low: float, high: float, most: int) -> list[float]:
     """At most `most` + 1 multiples of 1, 2, 2.5 or 5 times a power of ten."""
     ten = 10.0 ** math.floor(math.log10((high - low) / most))
-    step = next(n * ten for n in (1, 2, 2.5, 5, 10) if n * ten * most >= (high - low) * (1 - 1e-9))
+    step = next(n * ten for n in (1, 2, 2.5, 5, 10) if n * ten * most >= 0.99 * (high - low))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [n * step for n in range(first, last + 1)]
 
@@ -165,7 +165,8 @@ def scale_of(curves: Iterable[Curve]) -> Scale:
     ends = [end for curve in curves for p in curve.points for end in (p.low, p.high) if end is not None]
     # A floor far away is drawn at the edge, so that it does not press the curves together.
     near = max(map(abs, ys))
-    ends += [y for curve in curves for _, y in curve.floor if near / LOG_FROM**2 < abs(y) < near * LOG_FROM]
+    floors = [y for curve in curves for _, y in curve.floor]
+    ends += [y for y in floors if near == 0 or near / LOG_FROM**2 < abs(y) < near * LOG_FROM]
     low, high = min([*ys, *ends]), max([*ys, *ends])
     # An error bar that reaches below 0 is cut: it must not hide all the rest.
     above = min((value for value in [*ys, *ends] if value > 0), default=0.0)
@@ -354,7 +355,7 @@ def _outline(run: Sequence[Point], place: Any) -> str:
 def _widened(floor: Sequence[tuple[float, float]], chart: Chart) -> list[tuple[float, float]]:
     """So that the floor of a single point is seen, too."""
     (first, y), (last, end) = floor[0], floor[-1]
-    more = 0.015 * (chart.x_to - chart.x_from)
+    more = 0.03 * (chart.x_to - chart.x_from)
     return [(max(chart.x_from, first - more), y), *floor, (min(chart.x_to, last + more), end)]
 
 

@@ -37,6 +37,11 @@ def less_is_better(metric: str) -> bool:
     return metric.split("_")[0] not in HIGHER_IS_BETTER
 
 
+def floor_word(metric: str) -> str:
+    """What to call the number of reals against reals: where more is better it is no floor."""
+    return "floor" if less_is_better(metric) else "reals"
+
+
 def stands_in(metric: str) -> bool:
     """Whether a Frechet distance is no FID, because another extractor than Inception made the features."""
     return "fid" not in metric.split("_")

@@ -15,7 +15,7 @@ from hrgan.metrics.rows import PROVENANCE, Row, Value, best_row, main_metric, pr
 from hrgan.monitor import curves, frames
 from hrgan.monitor.cautions import cautions
 from hrgan.monitor.curves import Chart, Curve, Label, Look, Point, binned, draw, short
-from hrgan.monitor.groups import by_kind, describe, differing, less_is_better, metrics_of, stands_in
+from hrgan.monitor.groups import by_kind, describe, differing, floor_word, less_is_better, metrics_of, stands_in
 from hrgan.monitor.log import clock
 from hrgan.monitor.record import Record, number, read_record
 from hrgan.page import facts, plural, table, text, whole, write_page
@@ -143,8 +143,8 @@ def _metrics(record: Record) -> str:
         return "<section><h2>Metrics</h2><p>Nothing has been evaluated yet.</p></section>"
     charts = "".join(draw(metric_chart(record, name)) for name in names)
     return (
-        "<section><h2>Metrics</h2><p>Broken lines below: the floor, reals against reals. Bars: one standard error to "
-        "each side. Numbers that were not measured alike stand on curves of their own.</p>"
+        "<section><h2>Metrics</h2><p>Broken lines: what reals against reals give. Bars: one standard error to each "
+        "side. Numbers that were not measured alike stand on curves of their own.</p>"
         f'<div class="charts">{charts}</div></section>'
     )
 
@@ -188,9 +188,9 @@ def metric_points(rows: Iterable[Row], metric: str) -> tuple[list[Point], list[t
 def _labels(curve: Curve, metric: str) -> list[Label]:
     """The best number of the last curve, and its floor."""
     there = [(point.x, point.y) for point in curve.points if point.y is not None]
-    labels = [Label(*curve.floor[0], f"floor {short(curve.floor[0][1], 3)}")] if curve.floor else []
+    less = less_is_better(metric)
+    labels = [Label(*curve.floor[0], f"{floor_word(metric)} {short(curve.floor[0][1], 3)}")] if curve.floor else []
     if there:
-        less = less_is_better(metric)
         x, y = min(there, key=lambda point: point[1] if less else -point[1])
         labels.append(Label(x, y, short(y), above=not less))
     return labels
@@ -223,7 +223,7 @@ def _table(record: Record, rows: list[Row]) -> str:
     cells = [
         [
             f"{short(row['nimg'] / 1000, 7)}{' <b>best</b>' if row is best else ''}",
-            *(_cell(values(row).get(name)) for name in names),
+            *(_cell(values(row).get(name), floor_word(name)) for name in names),
             *(text(_stated(record, key, row.get(key))) for key in varying),
         ]
         for row in rows
@@ -249,12 +249,12 @@ def _stated(record: Record, key: str, value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _cell(of: Value | None) -> str:
+def _cell(of: Value | None, word: str) -> str:
     if of is None:
         return "–"
     floor = number(of.floor)
     full = f' title="{text(of.value)}"' if of.value is not None else ""
-    below = f'<small>floor {short(floor)}</small>' if floor is not None else ""
+    below = f'<small>{word} {short(floor)}</small>' if floor is not None else ""
     return f"<span{full}>{number_text(of)}</span>{below}"
 
 
