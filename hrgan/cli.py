@@ -161,6 +161,18 @@ def judge_pool(args: Namespace) -> None:
     print(json.dumps(found, indent=1)) if args.json else print_table(found)
 
 
+def report(args: Namespace) -> None:
+    from hrgan.monitor.report import write_report
+
+    print(write_report(Path(args.run), Path(args.out) if args.out else None))
+
+
+def compare(args: Namespace) -> None:
+    from hrgan.monitor.compare import compare as of
+
+    of([Path(run) for run in args.runs], Path(args.out) if args.out else None, args.metric, args.json)
+
+
 def bench_data(args: Namespace) -> None:
     from hrgan.apps.bench_data import bench_data as bench
     from hrgan.apps.bench_data import print_table
@@ -397,6 +409,20 @@ def judge_pool_arguments(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
+def report_arguments(parser: Parser) -> None:
+    parser.add_argument("run", type=str, help="run directory, finished or not")
+    parser.add_argument("--out", type=str, default=None, help="file to write (default: RUN/report.html)")
+
+
+def compare_arguments(parser: Parser) -> None:
+    parser.add_argument("runs", type=str, nargs="+", metavar="RUN", help="run directories, two or more")
+    parser.add_argument(
+        "--out", type=str, default=None, help="page to write (default: compare.html; with --json none unless named)"
+    )
+    parser.add_argument("--metric", type=str, default=None, help="of metrics.jsonl (default: that of most runs)")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
 def bench_data_arguments(parser: Parser) -> None:
     parser.add_argument("out", type=str, help="folder of shards")
     parser.add_argument("--originals", type=str, default=None, help="the folder that the set was built from, as a peer")
@@ -459,6 +485,8 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], None], Callable[[Parser], None],
     "generate": (generate, generate_arguments, "write pictures from a run or a checkpoint"),
     "judge pool": (judge_pool, judge_pool_arguments, "join the results of a quiz: error rates of each person and all"),
     "judge": (judge, judge_arguments, "make a page on which people tell generated pictures from real ones"),
+    "report": (report, report_arguments, "make RUN/report.html: curves, samples, metrics, warnings, configuration"),
+    "compare": (compare, compare_arguments, "runs beside each other: only numbers that may be compared"),
     "bench data": (bench_data, bench_data_arguments, "images per second of reading a set, beside its limits"),
     "bench size": (bench_size, bench_size_arguments, "what a set of a million images takes to open, seek and hold"),
     "bench eval": (bench_eval, bench_eval_arguments, "seconds of FID of two folders, beside torch-fidelity's command"),

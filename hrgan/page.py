@@ -1,10 +1,14 @@
 """What all pages share. Each is one file that needs no network, light and dark, for a phone and for a wide screen."""
 
+import base64
+import hashlib
 import html
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from hrgan.errors import UserError
 
 
 def text(value: object) -> str:
@@ -22,8 +26,54 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f'<div class="wide"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def plural(count: int, noun: str) -> str:
+    """1 class, 2,000 classes."""
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def facts(pairs: Iterable[tuple[str, object]]) -> str:
+    """Names with their values side by side, the last over the whole width."""
+    items = (f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in pairs)
+    return f"<dl>{''.join(items)}</dl>"
+
+
+def data_url(content: bytes, kind: str) -> str:
+    """A picture inside the page. kind: such as jpeg."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def whole(title: str, body: str, style: str = "", script: str = "") -> str:
+    """A page. title and body are escaped already; style is added to STYLE. The page may load nothing, and run nothing
+    but the script, which it knows by its hash."""
+    # The hash is of the element's text to the byte: nothing may come between the tags and the script.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}{f"; script-src 'sha256-{digest}'" if script else ""}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="robots" content="noindex">
+<link rel="icon" href="data:,">
+<title>{title}</title>
+<style>
+{STYLE}{style}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+{f"<script>{script}</script>" if script else ""}
+</body>
+</html>
+"""
+
+
 def write_page(path: Path, page: str) -> Path:
-    """Write a page atomically, and return its path."""
+    """Write a page atomically, and return its path. UserError where its folder does not exist."""
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; make it or name another place")
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         temporary.write_text(page, encoding="utf-8", errors="replace")

@@ -1,6 +1,5 @@
 """`hrgan data report`: one page, OUT/report.html, of what a finished set holds, for people to look through."""
 
-import base64
 import csv
 import io
 from collections import Counter
@@ -17,7 +16,7 @@ from hrgan.data import manifest as manifests
 from hrgan.data.folder import REPORT, SKIPPED
 from hrgan.data.manifest import Manifest
 from hrgan.data.survey import EXAMPLES, PICTURE_SIDE, Counts, Survey, largest, survey_of
-from hrgan.page import STYLE, table, text, write_page
+from hrgan.page import data_url, facts, plural, table, text, whole, write_page
 
 CHANNELS = {1: ("grey",), 3: ("red", "green", "blue"), 4: ("red", "green", "blue", "alpha")}
 CLASS_BARS, VALUE_BARS = 100, 30
@@ -34,9 +33,9 @@ def write_report(out: Path, skipped: bool = True) -> Path:
     out = Path(out)
     manifest = manifests.load(out)
     survey = survey_of(out, manifest)
-    page = Template(PAGE).substitute(
-        style=STYLE,
-        name=text(manifest.name),
+    name = text(manifest.name)
+    body = Template(MARKUP).substitute(
+        name=name,
         summary=_summary(manifest),
         damage=_damage(survey),
         facts=_facts(manifest),
@@ -48,7 +47,7 @@ def write_report(out: Path, skipped: bool = True) -> Path:
         attributes=_attributes(manifest),
         sheets=_sheets(survey),
     )
-    return write_page(out / REPORT, page)
+    return write_page(out / REPORT, whole(f"{name}: report", body, LOOK))
 
 
 # The set
@@ -56,10 +55,6 @@ def write_report(out: Path, skipped: bool = True) -> Path:
 
 def _of_size(size: Sequence[int]) -> str:
     return f"{size[0]:,} × {size[1]:,}"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def _bytes(count: float) -> str:
@@ -73,14 +68,14 @@ def _bytes(count: float) -> str:
 def _summary(manifest: Manifest) -> str:
     kind = {1: "grey", 3: "RGB", 4: "RGBA"}[manifest.channels]
     size = _of_size(manifest.form.size(manifest.resolution))
-    classes = f" in {_plural(len(manifest.classes), 'class')}" if manifest.classes else ""
-    return f"{_plural(manifest.num_samples, 'sample')}{classes}, {size} pixels, {kind}, {manifest.bits} bits"
+    classes = f" in {plural(len(manifest.classes), 'class')}" if manifest.classes else ""
+    return f"{plural(manifest.num_samples, 'sample')}{classes}, {size} pixels, {kind}, {manifest.bits} bits"
 
 
 def _facts(manifest: Manifest) -> str:
     form = manifest.form
     quality = f", quality {form.quality}" if form.format == "jpeg" else " (lossless)"
-    facts = {
+    found = {
         "samples": f"{manifest.num_samples:,}",
         "height × width": f"{_of_size(form.size(manifest.resolution))} pixels",
         "channels": f"{manifest.channels} ({', '.join(CHANNELS[manifest.channels])})",
@@ -95,7 +90,7 @@ def _facts(manifest: Manifest) -> str:
         "label": manifest.label or "none",
         "real_set": manifest.real_set,
     }
-    return "".join(f"<div><dt>{name}</dt><dd>{text(value)}</dd></div>" for name, value in facts.items())
+    return facts(found.items())
 
 
 def _tiers(manifest: Manifest) -> str:
@@ -113,7 +108,7 @@ def _damage(survey: Survey) -> str:
     lines = "".join(f"<li>{text(problem)}</li>" for problem in survey.problems)
     return (
         '<section class="damage"><h2>Damage</h2><p>Missing from the numbers and pictures below, because they cannot be '
-        f"read: {survey.damaged:,} of {_plural(survey.manifest.num_samples, 'sample')}. The first problems of the "
+        f"read: {survey.damaged:,} of {plural(survey.manifest.num_samples, 'sample')}. The first problems of the "
         f"tiers looked at here (<code>hrgan data check</code> finds all):</p><ul>{lines}</ul></section>"
     )
 
@@ -220,7 +215,7 @@ def _channels(survey: Survey) -> str:
         note = f"<p>{clear:.2%} of the pixels are fully transparent; their colours count, too.</p>"
     size = _of_size(manifest.form.size(survey.tier))
     return (
-        f"<p>Of all pixels of the {_plural(survey.read, 'sample')} at {size}, in stored numbers.</p>{note}"
+        f"<p>Of all pixels of the {plural(survey.read, 'sample')} at {size}, in stored numbers.</p>{note}"
         + table(("channel", "mean", "standard deviation", "min", "max"), rows)
         + f'<div class="figures">{"".join(figures)}</div>'
     )
@@ -238,7 +233,7 @@ def _bars(counts: dict[str, int], most: int, noun: str) -> str:
     )
     rest = sum(numbers) - sum(numbers[at] for at in kept)
     left = len(names) - len(kept)
-    more = f"<p>and {left:,} more {noun}, together {_plural(rest, 'sample')}</p>" if left else ""
+    more = f"<p>and {left:,} more {noun}, together {plural(rest, 'sample')}</p>" if left else ""
     return f'<ol class="bars">{items}</ol>{more}'
 
 
@@ -267,11 +262,11 @@ def _sheets(survey: Survey) -> str:
         if pictures:
             name = text(manifest.classes[label]) if manifest.classes else ""
             count = manifest.class_counts[label] if manifest.classes else manifest.num_samples
-            image = _image(pictures, f"{_plural(len(pictures), 'picture')} of {f'class {name}' if name else 'the set'}")
+            image = _image(pictures, f"{plural(len(pictures), 'picture')} of {f'class {name}' if name else 'the set'}")
             caption = f"{f'{name}: ' if name else ''}{len(pictures)} of {count:,}"
             figures.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
     left = len(manifest.classes) - len(figures)
-    more = f"<p>{_plural(left, 'class')} more without a sheet here.</p>" if manifest.classes and left else ""
+    more = f"<p>{plural(left, 'class')} more without a sheet here.</p>" if manifest.classes and left else ""
     note = "transparency shown over a checkerboard, " if manifest.channels == 4 else ""
     if manifest.bits == 16:
         note = f"{manifest.values[0]:,} shown as black and {manifest.values[1]:,} as white, "
@@ -294,22 +289,25 @@ def _image(pictures: list[NDArray[np.uint8]], about: str) -> str:
         sheet[top : top + height, left : left + width] = picture.repeat(factor, axis=0).repeat(factor, axis=1)
     buffer = io.BytesIO()
     Image.fromarray(sheet).save(buffer, "JPEG", quality=90, subsampling=0)
-    data = base64.b64encode(buffer.getvalue()).decode()
     size = f'width="{sheet.shape[1]}" height="{sheet.shape[0]}"'
-    return f'<img src="data:image/jpeg;base64,{data}" {size} alt="{about}">'
+    return f'<img src="{data_url(buffer.getvalue(), "jpeg")}" {size} alt="{about}">'
 
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="robots" content="noindex">
-<link rel="icon" href="data:,">
-<title>$name: report</title>
-<style>
-$style.damage { background: var(--warn); border: 1px solid var(--line); border-radius: 6px; padding: 1rem; }
+MARKUP = """\
+<header><h1>$name</h1><p>$summary</p></header>
+$damage
+<section><h2>Facts</h2>$facts$tiers</section>
+<section><h2>Left out</h2>$skipped</section>
+<section><h2>Sizes of the sources</h2>$sizes</section>
+<section><h2>Channels</h2>$channels</section>
+<section><h2>Classes</h2>$classes</section>
+$attributes
+<section><h2>Pictures</h2>$sheets</section>
+<footer><p>The histograms' bars are as high as the square roots of their counts: rare values are seen, too.</p></footer>
+"""
+
+LOOK = """\
+.damage { background: var(--warn); border: 1px solid var(--line); border-radius: 6px; padding: 1rem; }
 figcaption, .axis { font-size: .85rem; }
 figcaption { text-align: center; }
 .axis { display: flex; justify-content: space-between; }
@@ -326,21 +324,4 @@ rect { fill: var(--plain); }
 .track i { display: block; height: 100%; background: var(--plain); }
 .count { text-align: right; font-variant-numeric: tabular-nums; }
 .sheets { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 32rem), 1fr)); gap: .5rem 1.5rem; }
-</style>
-</head>
-<body>
-<main>
-<header><h1>$name</h1><p>$summary</p></header>
-$damage
-<section><h2>Facts</h2><dl>$facts</dl>$tiers</section>
-<section><h2>Left out</h2>$skipped</section>
-<section><h2>Sizes of the sources</h2>$sizes</section>
-<section><h2>Channels</h2>$channels</section>
-<section><h2>Classes</h2>$classes</section>
-$attributes
-<section><h2>Pictures</h2>$sheets</section>
-<footer><p>The histograms' bars are as high as the square roots of their counts: rare values are seen, too.</p></footer>
-</main>
-</body>
-</html>
 """

@@ -137,7 +137,8 @@ def same_measurement(row: Row, other: Row) -> bool:
 def read_rows(path: Path) -> list[Row]:
     """The whole lines of a JSONL file; a last line that a kill cut is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    # Lines are ASCII: what cannot be decoded is damage, found as such below.
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:  # Only the last line can be cut.
