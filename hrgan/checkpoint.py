@@ -49,6 +49,8 @@ class Progress:
     """Wall-clock time of training so far."""
     eval_seconds: float = 0.0
     """Wall-clock time of evaluations so far, without that of the reals' statistics."""
+    eval_took: float = 0.0
+    """Of that the last evaluation's, or what one that was left out would have taken."""
     rollbacks: int = 0
     """Times that the run went back to a checkpoint because it diverged."""
     lr_scale: float = 1.0

@@ -355,7 +355,7 @@ def eval_arguments(parser: Parser) -> None:
     )
     parser.add_argument("--data", type=str, default=None, help="shards (default: those that the run was trained on)")
     parser.add_argument("--count", type=int, default=None, help="pictures of the target (eval.num_fake, or all)")
-    parser.add_argument("--num_real", type=int, default=None, help="pictures of the reference (default: all)")
+    parser.add_argument("--num-real", type=int, default=None, help="pictures of the reference (default: all)")
     parser.add_argument(
         "--metrics",
         type=str,
@@ -366,7 +366,7 @@ def eval_arguments(parser: Parser) -> None:
     parser.add_argument("--extractor", type=str, default=None, help="as eval.extractor of a configuration")
     parser.add_argument("--weights", type=str, default=None, help="file of the extractor's weights")
     parser.add_argument("--mirror", action="store_true", help="compare with each real and its flipped copy")
-    parser.add_argument("--kid_subset_size", type=int, default=None, help="pictures in each of KID's subsets (1000)")
+    parser.add_argument("--kid-subset-size", type=int, default=None, help="pictures in each of KID's subsets (1000)")
     parser.add_argument("--bootstrap", type=int, default=None, help="replicates for the error of the distance (16)")
     parser.add_argument(
         "--resolution", type=str, default=None, help="bring folders and shards to it: a side, or HEIGHTxWIDTH"

@@ -64,9 +64,11 @@ class Net:
 def join() -> tuple[int, int, torch.device]:
     """Rank, number of processes and device of this one, joined to the others that `accelerate launch` started: for
     programs that train nothing."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # As in training.
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # The first process may be long at what it alone does.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
     _check_world(state.num_processes)
     return state.process_index, state.num_processes, state.device
 
@@ -93,6 +95,15 @@ def on_first(rank: int, world: int, act: Callable[[], Result]) -> Result:
         raise outcome[1]
     result: Result = outcome[0]
     return result
+
+
+def from_all(value: Result, world: int) -> list[Result]:
+    """What each process says, by rank."""
+    if world == 1:
+        return [value]
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, value)
+    return found
 
 
 class Engine:

@@ -100,8 +100,6 @@ class Run:
     """The phase in which waiting for data was last warned of."""
     ticks: int = 0
     """Since the phase began: in the first one the loader starts."""
-    evaluation_took: float = 0.0
-    """Seconds of the last evaluation by this process, without the reals' statistics."""
     budget: Budget | None = None
     """Of the evaluation that is being made; None where its time does not matter."""
     look_every: int = 1
@@ -315,13 +313,13 @@ def measure(run: Run, phase: Phase, nimg: int, *, last: bool = False) -> None:
         run.budget = Budget(max(run.engine.gather(left)))
     began = time.perf_counter()
     try:
-        if run.budget is not None and run.engine.any(run.budget.allowed <= run.evaluation_took):
-            raise TooDear(run.evaluation_took)
+        if run.budget is not None and run.engine.any(run.budget.allowed <= run.progress.eval_took):
+            raise TooDear(run.progress.eval_took)
         found = evaluate(run, phase)
-        took = run.evaluation_took = time.perf_counter() - began - found.reference_seconds
+        took = expected = time.perf_counter() - began - found.reference_seconds
     except TooDear as error:
         assert run.budget is not None
-        took = time.perf_counter() - (run.budget.began or time.perf_counter())
+        took, expected = time.perf_counter() - (run.budget.began or time.perf_counter()), error.seconds
         about = f"it would take about {error.seconds:.1f} s, and " if error.seconds else ""
         run.say(
             f"evaluation {place} left out: {about}eval.max_share {most:g} leaves {max(run.budget.allowed, 0):.1f} s of "
@@ -330,7 +328,7 @@ def measure(run: Run, phase: Phase, nimg: int, *, last: bool = False) -> None:
         found = Evaluated([], None, 0.0)
     finally:
         run.budget = None
-    run.progress = replace(run.progress, eval_seconds=run.progress.eval_seconds + took)
+    run.progress = replace(run.progress, eval_seconds=run.progress.eval_seconds + took, eval_took=expected)
     if run.log is None:
         return
     for row in found.rows:
@@ -353,6 +351,7 @@ def evaluate(run: Run, phase: Phase) -> Evaluated:
         Ranks(engine.rank, engine.world),
         [run.dataset.stats_folder(), run.folder / "stats"],
         run.pause,
+        meet=lambda: engine.on_main(lambda: None),  # There no time runs out for those who wait.
     )
 
 
@@ -445,6 +444,8 @@ def roll_back(run: Run, error: Diverged) -> State:
         lr_scale=scale,
         skipped_steps=run.progress.skipped_steps,
         seconds=run.progress.seconds,
+        eval_seconds=run.progress.eval_seconds,
+        eval_took=run.progress.eval_took,
     )
     run.say(
         f"diverged at {diverged_at / 1000:g} kimg: back to {run.progress.nimg / 1000:g} kimg with learning rates "

@@ -23,7 +23,7 @@ from hrgan.data.dataset import Dataset, open_dataset
 from hrgan.engine import Engine, State
 from hrgan.errors import Diverged, HrganError, UserError
 from hrgan.metrics.evaluation import Side, refuse_too_few, side
-from hrgan.metrics.extractor import make_extractor, settle_weights
+from hrgan.metrics.extractor import Extractor, feature_size, make_extractor, other_weights, settle_weights
 from hrgan.metrics.source import reference
 from hrgan.monitor.log import RunLog
 from hrgan.monitor.meter import Meter
@@ -194,6 +194,7 @@ def train(config: Config, folder: Path) -> None:
         log = RunLog(folder, progress.nimg, config.log.tensorboard, config.network.grid) if engine.rank == 0 else None
         try:
             extractor = make_extractor(settled, engine.device)
+            agree_on_extractor(engine, extractor, {dataset.form.size(phase.resolution) for phase in schedule.phases})
             meter = Meter(engine.device)
             run = Run(
                 config, folder, engine, schedule, dataset, extractor, settled.lpips, log, progress, meter, watch=watch
@@ -213,6 +214,15 @@ def train(config: Config, folder: Path) -> None:
         finally:
             if log is not None:
                 log.close()
+
+
+def agree_on_extractor(engine: Engine, extractor: Extractor, sizes: set[tuple[int, int]]) -> None:
+    """At launch: all processes have the same one, and it takes pictures of each size that will come."""
+    problem = engine.agree(other_weights(extractor, engine.on_main(lambda: extractor.sha256)))
+    if problem is not None:
+        raise UserError(problem)
+    for size in sorted(sizes):
+        feature_size(extractor, size)
 
 
 def run_phases(run: Run, state: State | None) -> None:

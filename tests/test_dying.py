@@ -131,7 +131,7 @@ def test_a_stop_is_seen_at_the_next_step_on_all_processes_and_nothing_is_lost(
 
 def stopped_while(activity: str, nimg: int, config: str, run: str, shards: str) -> int:
     """In a child: SIGTERM on the last process only, in the middle of an evaluation or a save at `nimg`."""
-    from hrgan.metrics import frechet
+    from hrgan.metrics import evaluation as measuring
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
@@ -151,16 +151,16 @@ def stopped_while(activity: str, nimg: int, config: str, run: str, shards: str) 
 
         checkpoint.write_durably = write_durably
     else:
-        name = "fake_moments" if activity == "fakes" else "real_moments"
-        part, count = getattr(frechet, name), iter(range(10**6))
+        name = "extract" if activity == "fakes" else "of_reals"
+        part, count = getattr(measuring, name), iter(range(10**6))
         evaluation = {32: 0, 96: 1, 160: 2}[nimg]
 
-        def interrupted(*arguments: Any) -> Any:
+        def interrupted(*arguments: Any, **keywords: Any) -> Any:
             if next(count) == evaluation:
                 ask()
-            return part(*arguments)
+            return part(*arguments, **keywords)
 
-        setattr(frechet, name, interrupted)
+        setattr(measuring, name, interrupted)
     return train(config, run, *RARE, "--data.path", shards)
 
 

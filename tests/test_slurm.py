@@ -329,7 +329,7 @@ def test_an_evaluation_follows_a_training_as_its_own_job(place: Place) -> None:
     place.pace(1)
     training = place.train(run)
     job = place.submit("eval", "--", run, "--every", "0.5")
-    place.cluster.wait(lambda: "at 0.016 kimg, 4²" in said(run), 60, "the evaluation of the first checkpoint")
+    place.cluster.wait(lambda: "reals at 0.016 kimg" in said(run), 60, "the evaluation of the first checkpoint")
     place.cluster.run("scancel", "--signal=USR1", job)  # As SLURM does a minute before the time limit.
     place.wait_for_requeue(job)
     place.pace(0)

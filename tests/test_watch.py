@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from hrgan import checkpoint
 from hrgan.apps import follow
 from hrgan.monitor.log import add_row, append, drop_after, read_rows, summary
 from tests.conftest import TINY, Children, cli
@@ -191,6 +192,32 @@ def start(children: Children, *arguments: str) -> Any:
     return process
 
 
+def test_a_checkpoint_that_the_run_went_back_from_gets_no_row(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one may have taken its place, or none yet; one that was only pruned keeps its row."""
+    original, calls = follow.evaluated, []
+    first, last = (run / "checkpoints" / name for name in ("112", "160"))
+    (run / "metrics.jsonl").unlink()
+    for path in set(checkpoint.numbered(run)) - {first, last}:
+        shutil.rmtree(path)
+
+    def meanwhile(*arguments: Any) -> Any:
+        found = original(*arguments)
+        calls.append(found)
+        if len(calls) == 1:  # The newest is measured, and made anew.
+            (last / "manifest.json").write_text((last / "manifest.json").read_text() + " ")
+        if len(calls) == 3:
+            shutil.rmtree(first)
+        return found
+
+    monkeypatch.setattr(follow, "evaluated", meanwhile)
+    assert cli("eval", run, "--watch") == 0
+    assert len(calls) == 3
+    assert [row["nimg"] for row in rows(run)] == [160, 112]
+    (run / "latest").write_text("96\n")
+    assert follow.rolled_back(run / "checkpoints" / "128", ("128", b""))  # Gone, and the run stands before it.
+    assert not follow.rolled_back(run / "checkpoints" / "80", ("80", b""))
+
+
 def test_two_watchers_share_the_work(run: Path, tmp_path: Path, children: Children) -> None:
     both = [start(children, str(run), str(tmp_path / f"log{number}")) for number in range(2)]
     for process in both:
@@ -271,14 +298,16 @@ def trained_quietly(config: str, run: str, log: str) -> None:
 # Two writers of metrics.jsonl
 
 
-def write_rows(path: Path, first: int) -> None:
+def write_rows(path: Path, first: int, write: Any) -> None:
     for nimg in range(first, first + 200):
-        append(path, {"nimg": nimg})
+        write(path, {"nimg": nimg})
 
 
-def test_writers_at_the_same_time_lose_no_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", [append, add_row])
+def test_writers_at_the_same_time_lose_no_row(tmp_path: Path, write: Any) -> None:
     path = tmp_path / "metrics.jsonl"
-    writers = [get_context("fork").Process(target=write_rows, args=(path, 1000 * number)) for number in range(3)]
+    fork = get_context("fork")
+    writers = [fork.Process(target=write_rows, args=(path, 1000 * number, write)) for number in range(3)]
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
@@ -287,19 +316,47 @@ def test_writers_at_the_same_time_lose_no_row(tmp_path: Path) -> None:
     assert sorted(json.loads(line)["nimg"] for line in path.read_text().splitlines()) == expected
 
 
-def test_a_line_that_a_killed_writer_cut_does_not_spoil_the_next(tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", [append, add_row])
+def test_a_line_that_a_killed_writer_cut_does_not_spoil_the_next(tmp_path: Path, write: Any) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"nimg": 1}\n{"nimg": 2, "fi')
-    append(path, {"nimg": 3})
+    write(path, {"nimg": 3})
     assert read_rows(path) == [{"nimg": 1}, {"nimg": 3}]
 
 
-def test_rows_are_written_also_where_files_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_line_takes_no_other_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"nimg": 1}\n{"nimg": 2, "fi\n{"nimg": 3}\n')
+    add_row(path, {"nimg": 4})
+    assert [row["nimg"] for row in read_rows(path)] == [1, 3, 4]
+
+
+def killed_in_a_row(path: Path) -> None:
+    os.replace = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    add_row(path, {"nimg": 2})
+
+
+def test_a_writer_killed_before_its_row_is_there_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    add_row(path, {"nimg": 1})
+    process = get_context("fork").Process(target=killed_in_a_row, args=(path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert path.read_text() == '{"nimg": 1}\n'
+    add_row(path, {"nimg": 3})
+    assert path.read_text() == '{"nimg": 1}\n{"nimg": 3}\n'
+
+
+@pytest.mark.parametrize("write", [append, add_row])
+def test_rows_are_written_also_where_files_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any
+) -> None:
     def refused(*arguments: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refused)
-    append(tmp_path / "metrics.jsonl", {"nimg": 1})
+    write(tmp_path / "metrics.jsonl", {"nimg": 1})
     assert read_rows(tmp_path / "metrics.jsonl") == [{"nimg": 1}]
 
 

@@ -10,11 +10,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from hrgan.errors import UserError, one_line
-
-Row = dict[str, Any]
+from hrgan.metrics.rows import Row
 
 
 def bench_eval(a: Path, b: Path, weights: Path) -> list[Row]:
@@ -66,6 +66,7 @@ def _processes(own: list[str], words: list[str], cores: list[int], cache: Path) 
 def fidelity(a: Path, b: Path, weights: Path) -> list[str]:
     """torch-fidelity's command for the same."""
     options = ["--input1", str(a), "--input2", str(b), "--fid", "--no-cache", "--silent", "--samples-find-deep"]
+    options += ["--gpu", "0"] if torch.cuda.is_available() else []
     code = "import sys; from torch_fidelity.fidelity import main; sys.exit(main())"
     return [sys.executable, "-c", code, *options, "--feature-extractor-weights-path", str(weights)]
 

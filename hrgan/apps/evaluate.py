@@ -3,6 +3,8 @@ processes."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +20,12 @@ from hrgan.data import manifest as manifests
 from hrgan.data.dataset import Dataset, open_dataset
 from hrgan.data.manifest import Form
 from hrgan.data.store import cache_folder
-from hrgan.engine import join, on_first
+from hrgan.engine import from_all, join, on_first
 from hrgan.errors import UserError
 from hrgan.metrics.evaluation import Evaluated, evaluated, measure, save_neighbours
-from hrgan.metrics.extractor import Extractor, make_extractor, settle_weights
+from hrgan.metrics.extractor import Extractor, make_extractor, other_weights, settle_weights
 from hrgan.metrics.features import Ranks
+from hrgan.metrics.rows import Row
 from hrgan.metrics.source import (
     PLAIN,
     Source,
@@ -32,7 +35,6 @@ from hrgan.metrics.source import (
     mirrored,
     pictures_in,
 )
-from hrgan.monitor.log import Row
 from hrgan.pictures import save_png, to_array
 from hrgan.sizes import size_text, target
 
@@ -76,7 +78,7 @@ class Settings:
 
     def check(self) -> None:
         """UserError for a count that is no set."""
-        for name, count in (("--count", self.count), ("--num_real", self.num_real)):
+        for name, count in (("--count", self.count), ("--num-real", self.num_real)):
             if count is not None and count < 2:
                 raise UserError(f"{name}: {count} is below the least, 2")
 
@@ -92,6 +94,8 @@ class Operand:
     alpha: float = 1.0
     nimg: int | None = None
     """Of a generator."""
+    digest: str = ""
+    """sha256 of a generator's weights."""
     dataset: Dataset | None = None
 
     @property
@@ -105,9 +109,11 @@ class Operand:
 def open_operand(text: str, settings: Settings, device: torch.device) -> Operand:
     """What a word names. UserError where it is nothing that can be measured."""
     path = Path(text)
-    if (path / "checkpoints").is_dir() or (path / "state.json").exists() or path.name.isdigit():
-        generator, alpha, config, nimg = load_generator(path, True, device, as_trained=True)
-        return Operand(f"{path} at {nimg / 1000:g} kimg", settings.of(config), generator, alpha, nimg)
+    if (path / "checkpoints").is_dir() or (path / "state.json").exists() or path.parent.name == "checkpoints":
+        folder = find(path)
+        generator, alpha, config, nimg = load_generator(folder, True, device, as_trained=True)
+        digest = json.loads((folder / "manifest.json").read_text())["ema.safetensors"]
+        return Operand(f"{path} at {nimg / 1000:g} kimg", settings.of(config), generator, alpha, nimg, digest)
     if "://" in text or text.startswith("pipe:") or (path / manifests.FILE).exists():
         config = settings.of(Config(data=DataConfig(path=text)))
         return Operand(text, config, dataset=open_dataset(replace(config.data, path=text)))
@@ -126,17 +132,18 @@ def evaluate_pair(a: str, b: str | None, settings: Settings) -> list[Row]:
     """The rows of A against the reference B, as in metrics.jsonl; none on any process but the first. B None:
     settings.data, or the shards that A was trained on."""
     settings.check()
+    if b is not None and settings.data is not None:
+        raise UserError(f"--data: says nothing where the reference is named, {b}; leave one out")
     rank, world, device = join()
     ranks = Ranks(rank, world)
     left = open_operand(a, settings, device)
-    path = b or settings.data or left.config.data.path
-    if path == "" or (b is None and left.generator is None and settings.data is None):
+    named = b or settings.data
+    if named is not None:
+        right = open_operand(named, settings, device)
+    elif left.generator is not None:  # As it was trained: from a cache, in shares, with another label.
+        right = Operand("the run's set", left.config, dataset=open_dataset(left.config.data))
+    else:
         raise UserError(f"--data: needed to measure {a}; name the shards, or a second folder, to compare it with")
-    right = (
-        open_operand(path, settings, device)
-        if isinstance(path, str)
-        else Operand("the run's sets", left.config, dataset=open_dataset(left.config.data))
-    )
     config = left.config if left.generator is not None else replace(right.config, network=left.config.network)
     extractor, lpips = chosen_extractor(config, device, ranks)
     real = _reference(right, left, config, settings)
@@ -150,15 +157,22 @@ def evaluate_pair(a: str, b: str | None, settings: Settings) -> list[Row]:
         _check_sizes(fake, real)
         found = measure(config, fake, real, extractor, ranks, folders)
     if found.neighbours is not None:
-        _keep_neighbours(found, left, Path(a), real.level, settings)
-    about = {"nimg": left.nimg} if left.nimg is not None else {}
+        _keep_neighbours(found, left, Path(a), real.level, settings, own_set=named is None)
+    about: Row = {"nimg": left.nimg} if left.nimg is not None else {}
+    if real.size[0] != real.size[1]:
+        about["size"] = f"{real.size[0]}x{real.size[1]}"
     return [{**about, **row} for row in found.rows]
 
 
 def chosen_extractor(config: Config, device: torch.device, ranks: Ranks) -> tuple[Extractor, bool]:
-    """The extractor on this process, and whether LPIPS is at hand."""
+    """The extractor on this process, and whether LPIPS is at hand. UserError where processes have different ones."""
     settled = on_first(ranks.rank, ranks.world, lambda: settle_weights(config.eval, _say_error))
-    return make_extractor(settled, device), settled.lpips
+    extractor = make_extractor(settled, device)
+    first = on_first(ranks.rank, ranks.world, lambda: extractor.sha256)
+    problem = next(filter(None, from_all(other_weights(extractor, first), ranks.world)), None)
+    if problem is not None:
+        raise UserError(problem)
+    return extractor, settled.lpips
 
 
 def _say_error(line: str) -> None:
@@ -182,8 +196,11 @@ def _level(left: Operand, right: Operand, settings: Settings) -> tuple[tuple[int
     return min(sets, key=lambda size: size[1]) if sets else None
 
 
-def _source(side: Operand, other: Operand, config: Config, settings: Settings, count: int | None) -> Source:
-    """A set or a folder as pictures of the size that both are compared at."""
+def _source(
+    side: Operand, other: Operand, config: Config, settings: Settings, count: int | None, hashed: bool = False
+) -> Source:
+    """A set or a folder as pictures of the size that both are compared at. hashed: as a reference, whose statistics are
+    kept."""
     size = _level(side, other, settings)
     if side.dataset is not None:
         assert size is not None
@@ -195,7 +212,7 @@ def _source(side: Operand, other: Operand, config: Config, settings: Settings, c
                 "build it anew with --resolution"
             )
         return from_dataset(config, side.dataset, level, count)
-    return from_folder(config, Path(side.where), *_form(other, size), count)
+    return from_folder(config, Path(side.where), *_form(other, size), count, hashed)
 
 
 def _form(other: Operand, size: tuple[tuple[int, ...], int] | None) -> tuple[Form | None, tuple[int, int]]:
@@ -219,10 +236,13 @@ def _form(other: Operand, size: tuple[tuple[int, ...], int] | None) -> tuple[For
 def _reference(right: Operand, left: Operand, config: Config, settings: Settings) -> Source:
     if right.generator is not None:
         # Of other latents than A's: pictures of the same ones would be nearer to each other than others are.
-        settled = replace(config, network=right.config.network)
+        count = settings.num_real or config.eval.num_fake
+        settled = replace(config, network=right.config.network, eval=replace(config.eval, num_fake=count))
         level = int(right.generator.resolution)  # type: ignore[arg-type]  # a plain int
-        return from_generator(settled, right.generator, right.alpha, level, right.where, role="eval reference")
-    source = _source(right, left, config, settings, config.eval.num_real)
+        role = "eval reference"
+        identity = hashlib.sha256(repr((right.digest, settled.seed, role, settled.precision)).encode()).hexdigest()
+        return from_generator(settled, right.generator, right.alpha, level, right.where, role=role, identity=identity)
+    source = _source(right, left, config, settings, config.eval.num_real, hashed=True)
     return mirrored(source) if config.eval.mirror else source
 
 
@@ -239,12 +259,12 @@ def _stats_folders(right: Operand, left: Operand, a: Path) -> list[Path]:
     return folders + ([a / "stats"] if left.generator is not None and (a / "checkpoints").is_dir() else [])
 
 
-def _keep_neighbours(found: Evaluated, left: Operand, a: Path, level: int, settings: Settings) -> None:
-    """To --picture, else into the run's folder."""
+def _keep_neighbours(found: Evaluated, left: Operand, a: Path, level: int, settings: Settings, own_set: bool) -> None:
+    """To --picture, else into the run's folder, if it shows what the run was trained on."""
     assert found.neighbours is not None
     if settings.picture is not None:
         save_png(to_array(found.neighbours), settings.picture)
-    elif left.generator is not None and left.nimg is not None:
+    elif own_set and left.nimg is not None:
         run = a if (a / "checkpoints").is_dir() else find(a).parent.parent
         save_neighbours(found.neighbours, run, left.nimg, level)
     else:

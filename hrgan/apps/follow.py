@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from hrgan.apps.evaluate import Settings, chosen_extractor
@@ -18,7 +17,7 @@ from hrgan.apps.generate import load_generator
 from hrgan.checkpoint import name_best, numbered
 from hrgan.config import Config, from_dict, read_yaml
 from hrgan.data.dataset import Dataset, open_dataset
-from hrgan.engine import join, on_first
+from hrgan.engine import from_all, join, on_first
 from hrgan.errors import UserError
 from hrgan.metrics.evaluation import METRICS, evaluated, save_neighbours
 from hrgan.metrics.extractor import Extractor
@@ -26,6 +25,7 @@ from hrgan.metrics.features import Ranks
 from hrgan.metrics.rows import Row, describe, values
 from hrgan.metrics.source import reference
 from hrgan.monitor.log import add_row, locked, read_rows
+from hrgan.rundir import LOCK
 from hrgan.watch import stopped_by_signals
 
 
@@ -39,16 +39,18 @@ class Watcher:
     extractor: Extractor
     lpips: bool
     ranks: Ranks
-    passed_over: set[int] = field(default_factory=set)
-    """nimg of the checkpoints that were pruned too soon or do not verify."""
-    measured: set[int] = field(default_factory=set)
-    """nimg of those measured here. Where some reals cannot be read, their rows say fewer than are asked for."""
+    own_set: bool
+    """Whether it is compared with the set that it was trained on."""
+    passed_over: set[tuple[str, bytes]] = field(default_factory=set)
+    """The checkpoints (nimg, manifest) that were pruned too soon or do not verify."""
+    measured: set[tuple[str, bytes]] = field(default_factory=set)
+    """Those measured here. Where some reals cannot be read, their rows say fewer than are asked for."""
 
     def left(self) -> list[Path]:
         """The checkpoints that lack a row of the same extractor, counts and set with all metrics, the newest first."""
         rows = read_rows(self.run / "metrics.jsonl")
         done = self.measured | self.passed_over
-        return [path for path in numbered(self.run) if int(path.name) not in done and not self._known(path, rows)]
+        return [path for path in numbered(self.run) if mark_of(path) not in done and not self._known(path, rows)]
 
     def _known(self, path: Path, rows: list[Row]) -> bool:
         settings, extractor = self.config.eval, self.extractor
@@ -73,28 +75,28 @@ class Watcher:
 
     def measure(self, folder: Path) -> None:
         """Add the rows of a checkpoint, or say why it gets none. All processes of this watcher call it."""
-        nimg = int(folder.name)
+        nimg, mark = int(folder.name), mark_of(folder)
         try:
             problem, loaded = None, load_generator(folder, True, self.extractor.device, as_trained=True)
         except (UserError, OSError, SafetensorError) as error:
             gone = not folder.is_dir()
             problem = "the training pruned it before it was measured" if gone else str(error)
-        problem = next(filter(None, everyone(problem, self.ranks)), None)
+        problem = next(filter(None, from_all(problem, self.ranks.world)), None)
         if problem is not None:
             self.say(f"{folder} passed over: {problem}")
-            self.passed_over.add(nimg)
+            self.passed_over.add(mark)
             return
         generator, alpha, _, _ = loaded
         real = reference(self.config, self.dataset, int(generator.resolution))  # type: ignore[arg-type]  # a plain int
         folders = [self.dataset.stats_folder(), self.run / "stats"]
         found = evaluated(self.config, generator, alpha, real, self.extractor, self.lpips, self.ranks, folders)
-        self.measured.add(nimg)
+        self.measured.add(mark)
         for row in found.rows:
-            if not add_row(self.run / "metrics.jsonl", {"nimg": nimg, **row}):
-                self.say(f"{nimg / 1000:g} kimg was measured by another process meanwhile")
+            if not add_row(self.run / "metrics.jsonl", {"nimg": nimg, **row}, lambda: not rolled_back(folder, mark)):
+                self.say(f"{nimg / 1000:g} kimg was measured by another process meanwhile, or the run went back")
                 continue
             self.say(f"{describe(row, self.dataset.form.grid)} at {nimg / 1000:g} kimg, {row['seconds']:.1f} s")
-        if found.neighbours is not None:
+        if found.neighbours is not None and self.own_set:
             save_neighbours(found.neighbours, self.run, nimg, real.level)
         if self.ranks.rank == 0:
             with locked(self.run / "metrics.jsonl"):
@@ -108,6 +110,20 @@ class Watcher:
 
 def _holds(row: Row, wanted: Row) -> bool:
     return all(row.get(key) == value for key, value in wanted.items())
+
+
+def mark_of(folder: Path) -> tuple[str, bytes]:
+    """Which checkpoint this is: after a rollback another one may take its place."""
+    manifest = folder / "manifest.json"
+    return folder.name, manifest.read_bytes() if manifest.exists() else b""
+
+
+def rolled_back(folder: Path, mark: tuple[str, bytes]) -> bool:
+    """Whether the run went back to before a checkpoint, and so has none of these weights; a pruned one it has had."""
+    if folder.exists():
+        return mark_of(folder) != mark
+    latest = folder.parent.parent / "latest"
+    return latest.exists() and int(latest.read_text()) < int(folder.name)
 
 
 @contextmanager
@@ -139,6 +155,12 @@ def watch(run: Path, settings: Settings, every: float) -> None:
         raise UserError(f"--every: {every:g}, expected more than 0 seconds")
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; --watch follows a run directory, for example runs/demo")
+    # SLURM's logs may be there before the run, and a run begins with its lock.
+    if not (run / "config.yaml").exists() and not {path.name for path in run.iterdir()} <= {"slurm", "STOP", LOCK}:
+        raise UserError(f"{run}: holds no run; --watch follows a run directory, for example runs/demo")
+    for name in ("resolution", "picture"):
+        if getattr(settings, name) is not None:
+            raise UserError(f"--{name}: says nothing together with --watch; leave it out")
     rank, world, device = join()
     with stopped_by_signals(f"stopped following {run}; the same command goes on"):
         if not (run / "checkpoints").is_dir() and rank == 0:
@@ -148,7 +170,7 @@ def watch(run: Path, settings: Settings, every: float) -> None:
         config = settings.of(from_dict(read_yaml(run / "config.yaml")))
         ranks = Ranks(rank, world)
         extractor, lpips = chosen_extractor(config, device, ranks)
-        watcher = Watcher(run, config, open_dataset(config.data), extractor, lpips, ranks)
+        watcher = Watcher(run, config, open_dataset(config.data), extractor, lpips, ranks, settings.data is None)
         while _round(watcher, every):
             pass
     watcher.say(f"{run} is finished and measured; checkpoints passed over: {len(watcher.passed_over)}")
@@ -180,12 +202,3 @@ def _agreed(word: str, ranks: Ranks) -> str:
     """The first process's word."""
     agreed: str = on_first(ranks.rank, ranks.world, lambda: word)
     return agreed
-
-
-def everyone(value: str | None, ranks: Ranks) -> list[str | None]:
-    """What each process says."""
-    if ranks.world == 1:
-        return [value]
-    found: list[str | None] = [None] * ranks.world
-    torch.distributed.all_gather_object(found, value)
-    return found

@@ -62,6 +62,22 @@ class Dataset:
         return first if all(names == first for names in rest) else in_order(set(first).union(*rest))
 
     @cached_property
+    def class_shares(self) -> dict[str, float]:
+        """How often each class is met; {} without classes."""
+        found = dict.fromkeys(self.classes, 0.0)
+        for member, weight in zip(self.members, self.weights, strict=True):
+            manifest = member.manifest
+            own = self.label is None or self.label == manifest.label
+            counts = (
+                dict(zip(manifest.classes, manifest.class_counts, strict=True))
+                if own
+                else manifest.attributes[str(self.label)]
+            )
+            for name in found:
+                found[name] += weight / sum(self.weights) * counts.get(name, 0) / max(1, sum(counts.values()))
+        return found
+
+    @cached_property
     def num_samples(self) -> int:
         """Of one set all; of a mix as many as can be had in its shares without showing one twice."""
         if len(self.members) == 1:

@@ -579,6 +579,19 @@ def read_range(
     return (replace(batch, images=batch.images.clone()) for batch in read) if workers else read
 
 
+def stored_numbers(dataset: Dataset, start: int, stop: int) -> torch.Tensor:
+    """(stop - start,) int64: the `samples` that read_range gives of this range, where all can be read. Of one set they
+    are the range itself."""
+    if len(dataset.members) == 1:
+        return torch.arange(start, stop)
+    firsts = np.cumsum([0, *(member.manifest.num_samples for member in dataset.members)])
+    mix, numbers = dataset.mix(0), []
+    for place in range(start, stop):
+        member, chunk = mix.deal(place // CHUNK)
+        numbers.append(int(firsts[member]) + chunk * CHUNK + place % CHUNK)
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
 def _ordered(items: Iterator[list[_Item]]) -> Iterator[Batch]:
     for item in chain.from_iterable(items):
         assert item.images is not None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch_fidelity.metric_isc import isc_features_to_metric
@@ -21,8 +23,8 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from hrgan.config import Config, EvalConfig
-from hrgan.errors import UserError
-from hrgan.metrics.extractor import Extractor
+from hrgan.errors import HrganError, UserError, one_line
+from hrgan.metrics.extractor import Extractor, feature_size
 from hrgan.metrics.features import Features, Ranks, extract, go_on, keep_floors, of_reals
 from hrgan.metrics.frechet import (
     GROUPS,
@@ -38,6 +40,7 @@ from hrgan.metrics.ppl import path_length
 from hrgan.metrics.rows import Row
 from hrgan.metrics.source import Source, from_generator
 from hrgan.pictures import save_png, to_array
+from hrgan.watch import beat
 
 KID_SUBSETS, NEIGHBOURHOOD, SPLITS, SEED = 100, 3, 10, 2020
 """torch-fidelity's: subsets of KID, nearest neighbours of precision and recall, parts of the Inception Score, and the
@@ -122,15 +125,28 @@ def isc(pair: Pair) -> dict[str, Number]:
 
 
 def kid(pair: Pair) -> dict[str, Number]:
-    """The kernel distance (Binkowski et al. 2018, arXiv 1801.01401). Its error is the spread over subsets of m pictures
-    brought to all n of them, by sqrt(m / n) (Politis and Romano 1994)."""
+    """The kernel distance (Binkowski et al. 2018, arXiv 1801.01401). Its error is the spread over subsets of m of the n
+    pictures, at most half of them, by sqrt(m / (n - m)) (Politis and Romano 1994): both sides are drawn anew."""
+
+    def over_subsets(size: int) -> tuple[float, float]:
+        found = kid_features_to_metric(
+            pair.fakes.rows,
+            pair.reals.rows,
+            kid_subsets=KID_SUBSETS,
+            kid_subset_size=size,
+            rng_seed=SEED,
+            verbose=False,
+        )
+        return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
+
     fewest = min(pair.fakes.count, pair.reals.count)
     size = min(pair.settings.kid_subset_size, fewest)  # Halves of the reals may be smaller; the mean does not change.
-    found = kid_features_to_metric(
-        pair.fakes.rows, pair.reals.rows, kid_subsets=KID_SUBSETS, kid_subset_size=size, rng_seed=SEED, verbose=False
-    )
-    spread = found["kernel_inception_distance_std"]
-    return {"kd": Number(found["kernel_inception_distance_mean"], spread * math.sqrt(size / fewest))}
+    value, spread = over_subsets(size)
+    part = min(size, fewest // 2)
+    if part < 2:
+        return {"kd": Number(value)}
+    spread = spread if part == size else over_subsets(part)[1]
+    return {"kd": Number(value, spread * math.sqrt(part / (fewest - part)))}
 
 
 def prc(pair: Pair) -> dict[str, Number]:
@@ -150,8 +166,9 @@ def prc(pair: Pair) -> dict[str, Number]:
 
 
 def share_error(share: float, count: int) -> float:
-    """Standard error of a share of `count`."""
-    return math.sqrt(share * (1 - share) / count)
+    """Standard error of a share of `count`, which is not 0 for none or all of them (Agresti and Coull 1998)."""
+    share = (share * count + 2) / (count + 4)
+    return math.sqrt(share * (1 - share) / (count + 4))
 
 
 def memorization(pair: Pair) -> dict[str, Number]:
@@ -169,6 +186,7 @@ def class_fid(pair: Pair) -> dict[str, Number]:
     def of_halves() -> float:
         found = []
         for fakes, reals in pair.classes.values():
+            beat()
             picked = torch.randperm(len(fakes), generator=random)[: max(2, len(fakes) // 2)]
             found.append(frechet_rows(fakes[picked.to(fakes.device)], reals))
         return statistics.mean(found)
@@ -207,6 +225,10 @@ class Evaluated:
     """Time that the reference's features took; next to nothing where they were kept."""
 
 
+def nothing() -> None:
+    """Where one process is alone, or time does not run out."""
+
+
 def evaluated(
     config: Config,
     generator: nn.Module,
@@ -217,16 +239,23 @@ def evaluated(
     ranks: Ranks,
     folders: list[Path],
     pause: Callable[[float], None] = go_on,
+    meet: Callable[[], None] = nothing,
 ) -> Evaluated:
-    """A generator against reals, by all of eval.metrics. Its training mode is left as it was."""
-    fake = from_generator(config, generator, alpha, real.level, "the generator")
+    """A generator against reals, by all of eval.metrics. Its training mode is left as it was. meet: called by all
+    processes after what the first does alone, so that none waits for it where time runs out."""
+    shares = real.shares if int(generator.classes) else None  # type: ignore[arg-type]  # a plain int
+    fake = from_generator(config, generator, alpha, real.level, "the generator", shares)
+    parts = 2 if "ppl" in config.eval.metrics else 1
     training = generator.training
     generator.eval()
     try:
-        found = measure(config, fake, real, extractor, ranks, folders, pause)
+        found = measure(config, fake, real, extractor, ranks, folders, lambda share: pause(share / parts))
+        meet()
         rows = found.rows
-        if "ppl" in config.eval.metrics:
-            row = path_length(config, generator, alpha, real.level, extractor, lpips, ranks, pause)
+        if parts == 2:
+            row = path_length(
+                config, generator, alpha, real.level, extractor, lpips, ranks, lambda share: pause((1 + share) / 2)
+            )
             rows = [*rows, row] if row else rows
         return replace(found, rows=rows)
     finally:
@@ -284,6 +313,8 @@ def measure(
     """Compare `fake` with the reference `real`. folders: where statistics of the reference may be kept."""
     began, settings = time.perf_counter(), config.eval
     refuse_too_few(settings, side(fake), side(real))
+    if feature_size(extractor, fake.size) != extractor.size:
+        raise UserError(f"eval.extractor: {extractor.name} makes features of another length of {fake.size} pixels")
     rows = bool(set(settings.metrics) & set(BY_ROW))
     # The reals are measured once for all evaluations: what they take is no part of this one's share.
     reals = of_reals(real, extractor, ranks, folders, rows=rows, pause=lambda share: pause(0.0), batch=settings.batch)
@@ -314,11 +345,15 @@ def measure(
     return Evaluated([{**row, "seconds": seconds}], shown, reference_seconds)
 
 
-def _neighbours(pair: Pair) -> Tensor:
+def _neighbours(pair: Pair) -> Tensor | None:
     fakes, reals = pair.fakes, pair.reals
     assert fakes.places is not None
     assert reals.places is not None
-    return picture_of(pair.nearest, pair.fake, fakes.places, pair.real, reals.places)
+    try:
+        return picture_of(pair.nearest, pair.fake, fakes.places, pair.real, reals.places)
+    except HrganError as error:  # The numbers are there: a picture must not end a training.
+        print(f"no picture of nearest reals: {error}", file=sys.stderr)
+        return None
 
 
 def numbers_of(pair: Pair, extractor: Extractor) -> Row:
@@ -329,18 +364,28 @@ def numbers_of(pair: Pair, extractor: Extractor) -> Row:
     for metric, (compute, names) in METRICS.items():
         if metric != "fid" and metric not in pair.settings.metrics:  # It decides which checkpoint is best.
             continue
-        numbers = compute(pair) if finite else dict.fromkeys(names, Number(None))
-        floors = floors_of(pair, metric) if metric in FLOORED else {}
+        beat()
+        numbers, floors = dict.fromkeys(names, Number(None)), dict[str, float]()
+        try:
+            floors = floors_of(pair, metric) if metric in FLOORED else floors
+            if finite:
+                numbers = compute(pair)
+                found |= details_of(pair, metric, extractor)
+        except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            print(f"{metric} cannot be computed: {one_line(error)}", file=sys.stderr)
         for base, number in numbers.items():
             name = extractor.called(base)
             found[name], found[f"{name}_error"] = number
             if base in floors:
                 found[f"{name}_floor"] = floors[base]
-    if finite and "fid_infinity" in pair.settings.metrics:
-        found[f"{extractor.called('fd')}_at"] = {str(count): value for count, value in pair.by_count.items()}
-    if finite and "class_fid" in pair.settings.metrics:
-        found[f"{extractor.called('class_fd')}_by_class"] = pair.by_class
     return found
+
+
+def details_of(pair: Pair, metric: str, extractor: Extractor) -> Row:
+    """Numbers by count and by class."""
+    if metric == "fid_infinity":
+        return {f"{extractor.called('fd')}_at": {str(count): value for count, value in pair.by_count.items()}}
+    return {f"{extractor.called('class_fd')}_by_class": pair.by_class} if metric == "class_fid" else {}
 
 
 def floors_of(pair: Pair, metric: str) -> dict[str, float]:

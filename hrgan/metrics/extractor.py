@@ -9,7 +9,7 @@ import math
 import re
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -301,28 +301,49 @@ def _from_class(name: str, weights: Path | None) -> nn.Module:
         ) from error
 
 
+def other_weights(extractor: Extractor, first: str) -> str | None:
+    """The problem where the first process has other weights (sha256 `first`): the machines have different files, or a
+    user's class draws its own."""
+    if extractor.sha256 == first:
+        return None
+    return (
+        f"eval.extractor: {extractor.name} has other weights ({extractor.sha256[:12]}) than on the first process "
+        f"({first[:12]}); give it a file of weights that all machines have, or seed what it draws"
+    )
+
+
 def _tried(name: str, network: nn.Module, weights: Path | None, device: torch.device) -> Extractor:
     """The extractor, after a look at what it makes of two pictures."""
-    network = network.to(device).eval().to(memory_format=torch.channels_last)
-    for parameter in network.parameters():  # TorchScript knows no requires_grad_ of a whole network.
-        parameter.requires_grad_(False)
     resize = {INCEPTION: "tf1-bilinear-299", RANDOM: "bilinear-antialias-64"}.get(name)
     if resize is None:
         own = ":" in name or name.endswith(SCRIPTS)
         resize = "the extractor's own" if own else f"tf1-bilinear-{network.resolution if name in CLIP else 224}"
-    trial = Extractor(name, _digest(network, weights), resize, 0, network, device)
     try:
-        features = trial.features(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+        network = network.to(device).eval().to(memory_format=torch.channels_last)
+        for parameter in network.parameters():  # TorchScript knows no requires_grad_ of a whole network.
+            parameter.requires_grad_(False)
+        extractor = Extractor(name, _digest(network, weights), resize, 0, network, device)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise UserError(f"eval.extractor: {name} is no torch.nn.Module that can be used ({one_line(error)})") from error
+    return replace(extractor, size=feature_size(extractor, (64, 64)))
+
+
+def feature_size(extractor: Extractor, size: tuple[int, int]) -> int:
+    """Length of the features of pictures of (height, width) pixels. UserError where the network does not take them."""
+    shape = (2, 3, *size)
+    try:
+        features = extractor.features(torch.zeros(shape, dtype=torch.uint8))
     except Exception as error:  # A user's own network raises what it likes.
         raise UserError(
-            f"eval.extractor: {name} cannot take (2, 3, 64, 64) uint8 pictures ({type(error).__name__}: "
+            f"eval.extractor: {extractor.name} cannot take {shape} uint8 pictures ({type(error).__name__}: "
             f"{one_line(error)})"
         ) from error
     if features.ndim != 2 or len(features) != 2 or not bool(features.isfinite().all()):
         raise UserError(
-            f"eval.extractor: {name} makes {tuple(features.shape)} of 2 pictures, expected finite features (2, D)"
+            f"eval.extractor: {extractor.name} makes {tuple(features.shape)} of 2 pictures, expected finite features "
+            "(2, D)"
         )
-    return Extractor(name, trial.sha256, resize, features.shape[1], network, device)
+    return features.shape[1]
 
 
 def _digest(network: nn.Module, weights: Path | None) -> str:
@@ -331,5 +352,6 @@ def _digest(network: nn.Module, weights: Path | None) -> str:
         with weights.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     tensors: dict[str, Any] = network.state_dict()
-    content = b"".join(tensor.detach().cpu().contiguous().numpy().tobytes() for tensor in tensors.values())
+    flat = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in tensors.values())
+    content = b"".join(tensor.numpy().tobytes() for tensor in flat)
     return hashlib.sha256(content).hexdigest()

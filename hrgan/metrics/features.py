@@ -138,7 +138,7 @@ def _add(
         features = features + part.taint.to(features)
     group = source.sample(part.places) % len(found.groups)
     for number, moments in enumerate(found.groups):
-        moments.add(features[(group == number).to(features.device)])
+        moments.add(features[torch.nonzero(group == number).flatten().to(features.device)])
     kept = {"places": part.places}
     if rows:
         kept["rows"] = features.cpu()
@@ -150,7 +150,7 @@ def _add(
 
 
 def _check_lost(source: Source, found: Features) -> None:
-    if found.lost > source.max_bad * max(source.count, 1000):
+    if found.lost > source.max_bad * max(source.count, 100):
         raise DataError(
             f"{source.where}: {found.lost} of {source.count} pictures cannot be read, more than "
             f"{source.max_bad:g} of them (data.max_bad); the lines above name them"
@@ -205,7 +205,7 @@ def of_reals(
 
 def identity_of(source: Source, extractor: Extractor) -> str:
     """sha256 of everything that the features of a reference depend on."""
-    key = ("features-1", source.identity, source.size, source.count, source.mirror)
+    key = ("features-1", source.identity, source.size, source.count, source.mirror, source.labels, source.classes)
     return hashlib.sha256(repr((*key, extractor.name, extractor.sha256, extractor.resize)).encode()).hexdigest()
 
 
@@ -260,8 +260,11 @@ def _write(folders: list[Path], name: str, content: bytes) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             partial = folder / f".{name}.{os.uname().nodename}-{os.getpid()}"
-            partial.write_bytes(content)
-            partial.replace(folder / name)
+            try:
+                partial.write_bytes(content)
+                partial.replace(folder / name)
+            finally:
+                partial.unlink(missing_ok=True)
             return
         except OSError:  # Shards are often read-only: the next folder (the run's own) takes it, else it is made again.
             continue

@@ -12,6 +12,9 @@ from hrgan.pictures import tile, to_rgb
 
 SHOWN, REALS = 8, 5
 """Rows of the picture, and nearest reals in each."""
+OTHERS, SAME = 8, 1e-4
+"""Reals among which the nearest other one is looked for, and the distance, in lengths of the features, up to which two
+are the same picture."""
 BLOCK = 256
 """Rows of a matrix of distances that are made at once."""
 
@@ -37,9 +40,10 @@ def nearest(fake: Tensor, real: Tensor, device: torch.device) -> Nearest:
     found, distances = _closest(fake.to(device), real, min(REALS, len(real)))
     # Only of the reals that are near to something: the distances between all reals would take longer.
     used, position = torch.unique(found[:, 0], return_inverse=True)
-    own = _closest(real[used], real, 2)[1][:, 1]  # The nearest of all is the picture itself, or one equal to it.
-    ratio = distances[:, 0] / own[position].clamp(min=torch.finfo(torch.float32).tiny)
-    return Nearest(found.cpu(), ratio.cpu())
+    own = _closest(real[used], real, min(OTHERS, len(real)))[1]
+    # Not the picture itself, nor another copy of it in the set: next to those nothing would count as a copy.
+    other = torch.where(own > SAME * real[used].norm(dim=1, keepdim=True), own, torch.inf).amin(1)
+    return Nearest(found.cpu(), (distances[:, 0] / other[position]).cpu())
 
 
 def _closest(points: Tensor, among: Tensor, count: int) -> tuple[Tensor, Tensor]:

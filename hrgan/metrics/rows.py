@@ -19,9 +19,10 @@ PROVENANCE = (
     "real_set",
     "mirror",
     "truncation",
+    "labels",
 )
 """Everything besides the generator that moves a number; the seed of the latents does not, beyond its error."""
-ABOUT = (*PROVENANCE, "nimg", "seed", "seconds", "labels")
+ABOUT = (*PROVENANCE, "nimg", "seed", "seconds", "size")
 """Keys of a row that are not numbers of a metric."""
 HIGHER_IS_BETTER = ("isc", "precision", "recall", "authenticity")
 """Metrics, by the first part of their names; of all others less is better."""
@@ -31,7 +32,7 @@ class Value(NamedTuple):
     """A metric's number in a row."""
 
     value: float | None
-    """None: it could not be computed, because generated pictures were not finite."""
+    """None: it could not be computed, mostly because generated pictures were not finite."""
     error: float | None
     """Bootstrap standard error."""
     floor: float | None
@@ -54,7 +55,7 @@ def values(row: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def main_metric(row: Mapping[str, Any]) -> str | None:
-    """The metric that decides which checkpoint is best: the Frechet distance, which alone has a floor."""
+    """The metric that decides which checkpoint is best: the Frechet distance, which stands first."""
     return next((name for name in row if f"{name}_floor" in row), None)
 
 
@@ -79,9 +80,9 @@ def describe(row: Row, grid: Sequence[int] = (4, 4)) -> str:
     parts = []
     for name, (value, error, floor) in values(row).items():
         if value is None:
-            parts.append(f"{name} none (generated images are not finite)")
+            parts.append(f"{name} none")
             continue
         spread = f" ± {error:.2g}" if error is not None else ""
         parts.append(f"{name} {value:.4f}{spread}" + (f" (floor {floor:.4f})" if floor is not None else ""))
     counts = f"{row['num_fake']} fakes, {row['num_real']} reals"
-    return f"{', '.join(parts)}, {size_text(grid, row['resolution'])}, {counts}"
+    return f"{', '.join(parts)}, {row.get('size') or size_text(grid, row['resolution'])}, {counts}"

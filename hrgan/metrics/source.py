@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from hrgan.data.dataset import Dataset
 from hrgan.data.images import Unusable, make_tiers, read_picture
 from hrgan.data.manifest import Form
 from hrgan.data.sources import ENDINGS
-from hrgan.data.stream import read_range
+from hrgan.data.stream import read_range, stored_numbers
 from hrgan.errors import DataError, UserError
 from hrgan.noise import draw, latents
 from hrgan.pictures import to_float, to_uint8
@@ -63,11 +63,13 @@ class Source:
     read: Callable[[int, int], Iterator[Part]]
     """The pictures of the places [start, stop), with those that can be read."""
     identity: str
-    """sha256 of everything that the pictures are; "" for a generator, whose statistics are never kept."""
+    """sha256 of everything that the pictures are; "" where no statistics of them are kept."""
     classes: tuple[str, ...] = ()
     """What the labels mean."""
     labels: str = "none"
     """Where they are from, for people."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Of the classes, where a generator draws its labels from them."""
     mirror: bool = False
     """Whether each picture is there a second time, flipped: places 2i and 2i + 1."""
     max_bad: float = 0.01
@@ -90,9 +92,10 @@ def from_generator(
     where: str,
     shares: Mapping[str, float] | None = None,
     role: str = "eval",
+    identity: str = "",
 ) -> Source:
     """`eval.num_fake` pictures of the latents that (seed, role, place) decides, without truncation. shares: of the
-    reals' classes, from which labels are drawn; None for a generator without classes."""
+    reals' classes, from which labels are drawn; None for a generator without classes. identity: as of a Source."""
     device = next(generator.parameters()).device
 
     def read(start: int, stop: int) -> Iterator[Part]:
@@ -106,7 +109,7 @@ def from_generator(
 
     labelled = "drawn as often as in the reals" if shares else "none"
     size = size_at(config.network.grid, level)
-    return Source(where, config.eval.num_fake, size, level, read, "", tuple(shares or ()), labelled)
+    return Source(where, config.eval.num_fake, size, level, read, identity, tuple(shares or ()), labelled)
 
 
 def draw_labels(shares: Sequence[float], start: int, stop: int, seed: int) -> Tensor:
@@ -120,10 +123,13 @@ def from_dataset(config: Config, dataset: Dataset, resolution: int, count: int |
     """The first `count` samples in stored order; None: all of them."""
 
     def read(start: int, stop: int) -> Iterator[Part]:
-        workers = config.data.workers if stop > start else 0
+        # The samples of a mix follow each other in another order than their numbers do.
+        numbers, order = torch.sort(stored_numbers(dataset, start, stop))
+        workers = config.data.workers if stop - start > config.eval.batch else 0
         for batch in read_range(dataset, resolution, start, stop, batch=config.eval.batch, workers=workers):
             images = to_uint8(to_float(batch.images, dataset.values))
-            yield Part(images, batch.samples, batch.labels if dataset.classes else None, batch.bad)
+            places = start + order[torch.searchsorted(numbers, batch.samples)]
+            yield Part(images, places, batch.labels if dataset.classes else None, batch.bad)
 
     return Source(
         dataset.where,
@@ -133,8 +139,9 @@ def from_dataset(config: Config, dataset: Dataset, resolution: int, count: int |
         read,
         dataset.real_set,
         dataset.classes,
-        "the set" if dataset.classes else "none",
+        (f"{dataset.label} of the set" if dataset.label else "the set") if dataset.classes else "none",
         max_bad=config.data.max_bad,
+        shares=dataset.class_shares,
     )
 
 
@@ -171,10 +178,15 @@ PLAIN = Form((16,), (4, 4), 3, 8, "png", 0, "crop", "lanczos", "white", "auto")
 
 
 def from_folder(
-    config: Config, folder: Path, form: Form | None, values: tuple[int, int] = (0, 255), count: int | None = None
+    config: Config,
+    folder: Path,
+    form: Form | None,
+    values: tuple[int, int] = (0, 255),
+    count: int | None = None,
+    hashed: bool = True,
 ) -> Source:
     """Files of pictures: made as `form` makes those of a set (its only tier), or without one as they are, all of one
-    size. The first sub-folder's name is the class, where all lie in one."""
+    size. The first sub-folder's name is the class, where all lie in one. hashed: whether its identity is needed."""
     files = pictures_in(folder)[:count]
     if len(files) < 2:
         raise DataError(f"{folder}: {len(files)} picture{'s' * (len(files) != 1)}, expected at least 2")
@@ -207,7 +219,7 @@ def from_folder(
             elif bad:
                 yield Part(torch.empty(0, 3, *size, dtype=torch.uint8), torch.empty(0, dtype=torch.int64), None, bad)
 
-    made = _hash(files, repr(form))
+    made = _hash(files, repr((form, values, names if classes else ()))) if hashed else ""
     level = form.tiers[0] if form else size[0]
     return Source(str(folder), len(files), size, level, read, made, classes, "the folders" if classes else "none")
 
@@ -253,11 +265,6 @@ def _hash(files: list[Path], form: str) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def at_level(form: Form, level: int) -> Form:
-    """The form with one tier."""
-    return replace(form, tiers=(level,))
 
 
 def say_bad(lines: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from hrgan.metrics.rows import main_metric, provenance, values
+from hrgan.metrics.rows import Row, main_metric, provenance, values
 from hrgan.schedule import Phase, Schedule
 from hrgan.sizes import size_text
-
-Row = dict[str, Any]
 
 
 class RunLog:
@@ -112,19 +110,25 @@ def append(path: Path, row: Row) -> None:
         file.write(line.encode())
 
 
-def add_row(path: Path, row: Row) -> bool:
+def add_row(path: Path, row: Row, wanted: Callable[[], bool] = lambda: True) -> bool:
     """Add a row to metrics.jsonl, which several programs write, unless it has the same numbers of the same checkpoint
-    already. Atomic: a kill leaves the file as it was, or with the row. Whether it was added."""
+    already, or `wanted`, asked while no other writes, says no. Atomic: a kill leaves the file as it was, or with the
+    row. Whether it was added."""
+    line = (json.dumps(row, allow_nan=False) + "\n").encode()
     with locked(path):
-        rows = read_rows(path)
-        if any(same_measurement(row, other) for other in rows):
+        before = path.read_bytes() if path.exists() else b""
+        before = before[: before.rfind(b"\n") + 1]  # Without a line that an older version was killed in.
+        if any(same_measurement(row, other) for other in read_rows(path)) or not wanted():
             return False
         partial = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}")
-        with partial.open("w") as file:
-            file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in [*rows, row]))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        try:
+            with partial.open("wb") as file:
+                file.write(before + line)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     return True
 
 
@@ -135,14 +139,14 @@ def same_measurement(row: Row, other: Row) -> bool:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The whole lines of a JSONL file; a last line that a kill cut is left out."""
+    """The whole lines of a JSONL file; one that a kill cut is left out."""
     rows = []
     # Lines are ASCII: what cannot be decoded is damage, found as such below.
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:  # Only the last line can be cut.
-            break
+        except json.JSONDecodeError:
+            continue
     return rows
 
 

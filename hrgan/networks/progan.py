@@ -44,6 +44,9 @@ class Generator(nn.Module):
     """z: (N, latent) float32 from N(0, 1) -> (N, channels, H, W) float32, about [-1, 1]. H x W is the grid (usually
     4 x 4) times R / 4."""
 
+    classes = 0
+    """Unconditional."""
+
     def __init__(
         self, config: NetworkConfig, resolution: int, fading: bool, autocast: torch.dtype | None = None
     ) -> None:
