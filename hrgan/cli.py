@@ -367,7 +367,7 @@ def eval_arguments(parser: Parser) -> None:
     parser.add_argument("--weights", type=str, default=None, help="file of the extractor's weights")
     parser.add_argument("--mirror", action="store_true", help="compare with each real and its flipped copy")
     parser.add_argument("--kid-subset-size", type=int, default=None, help="pictures in each of KID's subsets (1000)")
-    parser.add_argument("--bootstrap", type=int, default=None, help="replicates for the error of the distance (16)")
+    parser.add_argument("--bootstrap", type=int, default=None, help="replicates for the error of the distance (12)")
     parser.add_argument(
         "--resolution", type=str, default=None, help="bring folders and shards to it: a side, or HEIGHTxWIDTH"
     )

@@ -189,7 +189,7 @@ class EvalConfig:
     mirror: bool = False
     """Compare with each real image and its flipped copy, as is the custom for sets that are trained on with
     data.mirror."""
-    bootstrap: int = 16
+    bootstrap: int = 12
     """Replicates for the error of the Frechet distance; 0: no error."""
     kid_subset_size: int = 1000
     """Images in each of KID's subsets; both sides must have as many."""

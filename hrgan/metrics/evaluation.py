@@ -28,6 +28,7 @@ from hrgan.metrics.extractor import Extractor, feature_size
 from hrgan.metrics.features import Features, Ranks, extract, go_on, keep_floors, of_reals
 from hrgan.metrics.frechet import (
     GROUPS,
+    Projected,
     at_infinity,
     by_count,
     frechet,
@@ -71,9 +72,14 @@ class Pair:
     device: torch.device
 
     @cached_property
+    def projected(self) -> list[Projected]:
+        """The groups of generated pictures, for many distances to the reals."""
+        return [self.reals.reference.project(group) for group in self.fakes.groups]
+
+    @cached_property
     def by_count(self) -> dict[int, float]:
         """The Frechet distance at several numbers of generated pictures."""
-        return by_count(self.fakes.groups, self.reals.reference)
+        return by_count(self.projected, self.reals.reference)
 
     @cached_property
     def nearest(self) -> Nearest:
@@ -106,16 +112,15 @@ class Pair:
 def fid(pair: Pair) -> dict[str, Number]:
     """The Frechet distance."""
     value = frechet(pair.fakes.all, pair.reals.all)
-    replicates = pair.settings.bootstrap if len(pair.fakes.groups) > 1 else 0
-    return {
-        "fd": Number(value, frechet_error(pair.fakes.groups, pair.reals.reference, replicates) if replicates else None)
-    }
+    replicates = pair.settings.bootstrap
+    if len(pair.fakes.groups) == 1 or replicates < 2:
+        return {"fd": Number(value)}
+    return {"fd": Number(value, frechet_error(pair.projected, pair.reals.reference, replicates))}
 
 
 def fid_infinity(pair: Pair) -> dict[str, Number]:
     """The Frechet distance without the bias of few generated pictures."""
-    error = infinity_error(pair.fakes.groups, pair.reals.reference)
-    return {"fd_infinity": Number(at_infinity(pair.by_count), error)}
+    return {"fd_infinity": Number(at_infinity(pair.by_count), infinity_error(pair.projected, pair.reals.reference))}
 
 
 def isc(pair: Pair) -> dict[str, Number]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_statistics_to_metric
+
+from hrgan.watch import beat
 
 GROUPS = 8
 """Parts that generated pictures are summed in, so that the spread between them shows the number's error. Each takes
@@ -86,6 +90,24 @@ def frechet(a: Moments, b: Moments) -> float:
     return float(fid_statistics_to_metric(a.statistics(), b.statistics(), False)["frechet_inception_distance"])
 
 
+@dataclass
+class Projected:
+    """Moments between the roots of a reference's covariance. They add up as moments do, so that distances of many sums
+    of the same groups take their products once."""
+
+    count: Tensor
+    total: Tensor
+    squares: Tensor
+    """() sum of f . f."""
+    root_total: Tensor
+    """(D,) root total."""
+    root_outer: Tensor
+    """(D, D) root outer root."""
+
+    def __add__(self, other: Projected) -> Projected:
+        return Projected(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
 class Reference:
     """One side of many distances: the root of its covariance is made once.
 
@@ -99,14 +121,23 @@ class Reference:
         values, vectors = torch.linalg.eigh(sigma)
         self.root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
 
-    def distance(self, moments: Moments) -> float:
+    def project(self, moments: Moments) -> Projected:
+        """Moments as `distance` takes them."""
+        beat()
+        root_outer = self.root @ moments.outer @ self.root
+        return Projected(moments.count, moments.total, moments.outer.trace(), self.root @ moments.total, root_outer)
+
+    def distance(self, side: Projected) -> float:
         """The Frechet distance to the reference."""
-        sigma, difference = moments.covariance(), moments.mean() - self.mu
-        values = torch.linalg.eigvalsh(self.root @ sigma @ self.root).clamp(min=0)
-        return float(difference @ difference + sigma.trace() + self.trace - 2 * values.sqrt().sum())
+        beat()
+        mu, root_mu = side.total / side.count, side.root_total / side.count
+        trace = (side.squares - side.count * (mu @ mu)) / (side.count - 1)
+        inner = (side.root_outer - side.count * torch.outer(root_mu, root_mu)) / (side.count - 1)
+        overlap = torch.linalg.eigvalsh(inner).clamp(min=0).sqrt().sum()
+        return float((mu - self.mu).square().sum() + trace + self.trace - 2 * overlap)
 
 
-def frechet_error(groups: Sequence[Moments], reference: Reference, replicates: int, seed: int = 0) -> float | None:
+def frechet_error(groups: Sequence[Projected], reference: Reference, replicates: int, seed: int = 0) -> float | None:
     """Bootstrap standard error over generated pictures, the reals held as they are; None where it cannot be told.
 
     Each replicate holds half of the groups, drawn without replacement (Politis and Romano 1994): drawing groups with
@@ -121,11 +152,11 @@ def frechet_error(groups: Sequence[Moments], reference: Reference, replicates: i
     found = []
     for _ in range(replicates):
         picked = random.choice(len(full), size=half, replace=False)
-        found.append(reference.distance(summed([full[index] for index in picked])))
+        found.append(reference.distance(reduce(add, (full[index] for index in picked))))
     return float(np.std(found, ddof=1) * np.sqrt(half / (len(full) - half)))
 
 
-def by_count(groups: Sequence[Moments], reference: Reference) -> dict[int, float]:
+def by_count(groups: Sequence[Projected], reference: Reference) -> dict[int, float]:
     """The distance at growing numbers of pictures: 2/8, 3/8, ... of them, or as many groups as hold any."""
     found, total = {}, groups[0]
     for group in groups[1:]:
@@ -142,7 +173,7 @@ def at_infinity(distances: dict[int, float]) -> float:
     return float(intercept)
 
 
-def infinity_error(groups: Sequence[Moments], reference: Reference) -> float:
+def infinity_error(groups: Sequence[Projected], reference: Reference) -> float:
     """Standard error of `at_infinity`, by leaving out a group at a time (jackknife): drawn groups that repeat would
     look like fewer samples, which is what is extrapolated over."""
     left = [at_infinity(by_count([*groups[:index], *groups[index + 1 :]], reference)) for index in range(len(groups))]
@@ -156,7 +187,8 @@ def frechet_rows(a: Tensor, b: Tensor) -> float:
         sides = [Moments.zero(a.shape[1], a.device) for _ in range(2)]
         for side, rows in zip(sides, (a, b), strict=True):
             side.add(rows)
-        return Reference(sides[1]).distance(sides[0])
+        reference = Reference(sides[1])
+        return reference.distance(reference.project(sides[0]))
     a, b = a.double(), b.double()
     difference = a.mean(0) - b.mean(0)
     a, b = ((rows - rows.mean(0)) / (len(rows) - 1) ** 0.5 for rows in (a, b))

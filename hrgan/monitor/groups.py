@@ -65,7 +65,7 @@ def words(key: str, value: Any, grid: Sequence[int] = (4, 4)) -> str:
         return f"{'extractor' if key == 'extractor_sha256' else 'set'} {str(value)[:8]}"
     if key == "mirror":
         return "mirrored reals" if value else "no mirrored reals"
-    return f"truncation {value}" if key == "truncation" else str(value)
+    return f"{key} {value}" if key in ("truncation", "labels") else str(value)
 
 
 def describe(kind: Kind, keys: Iterable[str], grid: Sequence[int] = (4, 4)) -> str:
