@@ -126,6 +126,11 @@ def evaluate(args: Namespace) -> None:
         picture=Path(args.picture) if args.picture else None,
     )
     if args.watch:
+        if args.reference is not None:
+            raise UserError(
+                f"{args.reference}: a run that is watched is compared with the set that it was trained on; "
+                "name other shards with --data"
+            )
         watch(Path(args.target), settings, args.every)
         return
     for row in evaluate_pair(args.target, args.reference, settings):

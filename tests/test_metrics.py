@@ -800,7 +800,8 @@ def test_bad_sides_get_one_line(
         ((a, b, "--metrics", "fod"), 2, "eval.metrics: fod is none of"),
         ((a, b, "--extractor", "incepton"), 2, "nearest: inception"),
         ((a, b, "--data", shards), 2, "--data: says nothing where the reference is named"),
-        ((a, b, "--watch"), 2, "holds no run"),
+        ((a, "--watch"), 2, "holds no run"),
+        ((a, b, "--watch"), 2, "a run that is watched is compared with the set that it was trained on"),
         ((a, b, "--count", "1"), 2, "--count: 1 is below the least, 2"),
     ):
         assert cli("eval", *map(str, words), *(own if "--extractor" not in words else own[2:])) == code, words

@@ -25,7 +25,6 @@ from hrgan.metrics.features import Ranks
 from hrgan.metrics.rows import Row, describe, values
 from hrgan.metrics.source import reference
 from hrgan.monitor.log import add_row, locked, read_rows
-from hrgan.rundir import LOCK
 from hrgan.watch import stopped_by_signals
 
 
@@ -155,8 +154,9 @@ def watch(run: Path, settings: Settings, every: float) -> None:
         raise UserError(f"--every: {every:g}, expected more than 0 seconds")
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; --watch follows a run directory, for example runs/demo")
-    # SLURM's logs may be there before the run, and a run begins with its lock.
-    if not (run / "config.yaml").exists() and not {path.name for path in run.iterdir()} <= {"slurm", "STOP", LOCK}:
+    # What may be there before a run's configuration is: SLURM's logs, its lock, its environment.
+    begun = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+    if begun - {"slurm", "STOP", "environment.json"} and not (run / "config.yaml").exists():
         raise UserError(f"{run}: holds no run; --watch follows a run directory, for example runs/demo")
     for name in ("resolution", "picture"):
         if getattr(settings, name) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hrgan.metrics.rows import HIGHER_IS_BETTER, PROVENANCE, Row, provenance, values
+from hrgan.metrics.rows import HIGHER_IS_BETTER, PROVENANCE, Row, main_metric, provenance, values
 from hrgan.sizes import size_text
 
 Kind = tuple[Any, ...]
@@ -25,9 +25,11 @@ def by_kind(rows: Iterable[Row], metric: str) -> dict[Kind, list[Row]]:
 
 
 def metrics_of(rows: Iterable[Row]) -> list[str]:
-    """Names of all metrics of the rows, in the order of the newest row that has them."""
+    """Names of all metrics of the rows, in the order of the newest row that has them; those that stand beside the one
+    that decides which checkpoint is best come first."""
     names: dict[str, None] = {}
-    for row in reversed(list(rows)):
+    newest_first = list(rows)[::-1]
+    for row in sorted(newest_first, key=lambda row: main_metric(row) is None):
         names.update(dict.fromkeys(values(row)))
     return list(names)
 
