@@ -192,6 +192,22 @@ def start(children: Children, *arguments: str) -> Any:
     return process
 
 
+def watching(run: str) -> int:
+    return cli("eval", run, "--watch")
+
+
+def test_a_watcher_of_two_processes_finds_what_one_does(run: Path, tmp_path: Path, children: Children) -> None:
+    own = {row["nimg"]: row["fd_random"] for row in rows(run)}
+    (run / "metrics.jsonl").unlink()
+    (run / "checkpoints" / "144" / "ema.safetensors").write_bytes(b"x")
+    code, output = children.run(tmp_path / "log", watching, str(run), world=2)
+    assert (code, children.codes) == (0, [0, 0]), output
+    found = {row["nimg"]: row["fd_random"] for row in rows(run)}
+    assert sorted(found) == [nimg for nimg in ALL if nimg != 144] == sorted(row["nimg"] for row in rows(run))
+    assert {nimg: found[nimg] for nimg in own} == pytest.approx(own, rel=1e-5)
+    assert output.count("144 passed over") == 1
+
+
 def test_a_checkpoint_that_the_run_went_back_from_gets_no_row(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another one may have taken its place, or none yet; one that was only pruned keeps its row."""
     original, calls = follow.evaluated, []
