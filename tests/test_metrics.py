@@ -559,6 +559,9 @@ def test_a_mirrored_reference_has_each_picture_flipped_too_on_any_number_of_proc
     # A picture and its flipped copy are in the same half, or the floor would be that of copies.
     assert (reals.count, reals.half(0, both).count) == (192, 96)
     assert len(reals.half(0, both).rows) == 96  # type: ignore[arg-type]
+    assert reals.rows is not None
+    even = reals.rows[torch.arange(192) // 2 % 2 == 0].double()
+    torch.testing.assert_close(reals.groups[0].total, even.sum(0))
     assert frechet(*reals.groups) > 0.1 * frechet(*of_reals(plain, random_conv(), Ranks(), []).groups)
 
 
@@ -651,6 +654,7 @@ def test_real_statistics_are_kept_and_made_anew_when_anything_differs(
     assert made(resolution=32)
     assert made(num_real=50)
     assert made(mirror=True)
+    assert made(mirror=True, num_real=48)  # As many pictures as there are without.
     assert made(dataset=named(dataset, "other"))
     assert made(sha256="other")
     assert not made(num_real=50)
