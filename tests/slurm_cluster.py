@@ -85,11 +85,17 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, true: Callable[[], bool], seconds: float, what: str) -> None:
-        """Until a function says True."""
+        """Until a function says True; what the jobs are and have printed, where that takes too long."""
         end = time.monotonic() + seconds
         while not true():
-            assert time.monotonic() < end, f"waited {seconds:g} s for {what}\n{self.run('scontrol', 'show', 'job')}"
+            assert time.monotonic() < end, f"waited {seconds:g} s for {what}\n{self._jobs()}"
             time.sleep(0.3)
+
+    def _jobs(self) -> str:
+        jobs = self.run("scontrol", "show", "job")
+        lines = (line.strip() for line in jobs.splitlines())
+        logs = [Path(line.removeprefix("StdOut=")) for line in lines if line.startswith("StdOut=")]
+        return jobs + "".join(f"{log.name}:\n{log.read_text()}\n" for log in logs if log.exists())
 
     def cancel_all(self) -> None:
         """End all jobs, at once."""
