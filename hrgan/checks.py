@@ -97,6 +97,8 @@ def _eval_problems(config: Config) -> list[str]:
             f"eval.extractor: {name} is none of {', '.join(EXTRACTORS[:4])}, clip-..., dinov2-vit-..., a TorchScript "
             f"FILE.pt or module:Class; nearest: {near}"
         )
+    if name.startswith("random") and config.eval.weights is not None:
+        found.append(f"eval.weights: {config.eval.weights} says nothing to the {name} extractor; leave it out")
     for metric in config.eval.metrics:
         if metric not in EVAL_METRICS:
             near = difflib.get_close_matches(metric, EVAL_METRICS, 1, 0)[0]

@@ -135,16 +135,17 @@ def evaluate(args: Namespace) -> None:
         return
     for row in evaluate_pair(args.target, args.reference, settings):
         print(describe(row), file=sys.stderr)
-        print(json.dumps(row))
+        print(json.dumps(row, allow_nan=False))
 
 
 def metric_names(text: str | None) -> tuple[str, ...] | None:
     """The words of --metrics; `all` is every one that any two sides have."""
     from hrgan.config import EVAL_METRICS
 
-    if text == "all":
-        return tuple(name for name in EVAL_METRICS if name not in ("ppl", "class_fid"))
-    return names(text) if text is not None else None
+    if text is None:
+        return None
+    every = [name for name in EVAL_METRICS if name not in ("ppl", "class_fid")]
+    return tuple(dict.fromkeys(name for word in names(text) for name in (every if word == "all" else [word])))
 
 
 def generate(args: Namespace) -> None:

@@ -325,12 +325,14 @@ def measure(run: Run, phase: Phase, nimg: int, *, last: bool = False) -> None:
             f"evaluation {place} left out: {about}eval.max_share {most:g} leaves {max(run.budget.allowed, 0):.1f} s of "
             f"{run.progress.seconds:.0f} s so far; {run.progress.eval_seconds:.0f} s of them went into evaluations"
         )
-        found = Evaluated([], None, 0.0)
+        found = Evaluated([], None, None, 0.0)
     finally:
         run.budget = None
     run.progress = replace(run.progress, eval_seconds=run.progress.eval_seconds + took, eval_took=expected)
     if run.log is None:
         return
+    if found.problem is not None:
+        run.say(f"warning: evaluation {place}: {found.problem}")
     for row in found.rows:
         run.log.metric({"nimg": nimg, **row})
         run.say(f"{describe(row, run.config.network.grid)} {place}, {row['seconds']:.1f} s")

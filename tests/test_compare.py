@@ -137,7 +137,7 @@ def test_runs_without_a_number_are_listed_with_the_reason(tmp_path: Path) -> Non
     )
     assert {name: reason.split(";")[0] for name, reason in found.without.items()} == {
         "new": "not evaluated yet",
-        "broken": "fid could not be computed, its pictures were not finite",
+        "broken": "fid could not be computed: its pictures were not finite, or too few",
         "other": "no fid, it has kid",
     }
     for name, reason in found.without.items():

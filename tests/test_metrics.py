@@ -166,7 +166,15 @@ def measured(a: str, b: str, extractor: str, weights: str, out: str) -> int:
     settings = Settings(
         metrics=("kid", "isc", "prc"), extractor=extractor, weights=weights, kid_subset_size=30, workers=1, bootstrap=0
     )
-    rows = evaluate_pair(a, b, settings)
+    as_asked = Settings.of
+
+    def in_small_batches(self: Settings, config: Config) -> Config:  # Several in each process, the last one not full.
+        found = as_asked(self, config)
+        return replace(found, eval=replace(found.eval, batch=16))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Settings, "of", in_small_batches)
+        rows = evaluate_pair(a, b, settings)
     if rows:
         Path(out).write_text(json.dumps(rows[0]))
     return 0
@@ -422,7 +430,15 @@ def test_copies_are_not_authentic_and_new_pictures_of_the_kind_are_half_so() -> 
     reals = torch.randn(400, 8, generator=generator)
     assert nearest(reals[:50], reals, CPU).authenticity == 0
     assert 0.4 < nearest(torch.randn(400, 8, generator=generator), reals, CPU).authenticity < 0.75
-    # Also of a picture that the set has several times.
+    # Also of a picture that the set has more often than others are looked for, or of nothing else.
+    often = torch.cat([reals, reals[:1].expand(20, -1)])
+    assert nearest(reals[:1] + 1e-4, often, CPU).authenticity == 0
+    assert nearest(reals[:1] * 50, often[400:], CPU).authenticity == 1
+    close = (reals[1:] - reals[0]).norm(dim=1).min()
+    beyond = reals[:1] + 1.01 * close / 8**0.5
+    lone = torch.cat([reals[:1].expand(20, -1), reals[0] + torch.full((1, 8), float(2 * close))])
+    assert nearest(beyond, lone, CPU).ratio.item() == pytest.approx(1.01 / (2 * 8**0.5), rel=1e-3)
+    # And of a picture that the set has several times.
     twice = torch.cat([reals, reals[:5], reals[:5]])
     assert nearest(reals[:5] + 1e-4, twice, CPU).authenticity == 0
     far = nearest(reals[3:4] + 1e-4, reals, CPU)
@@ -498,7 +514,10 @@ def test_a_broken_generator_gets_no_number(shards: Path) -> None:
     generator = make_generator(config, 16, False, None)
     with torch.no_grad():
         generator.to_rgb["16"].bias.fill_(float("nan"))
-    row, lengths = of(config, shards, generator).rows
+    found = of(config, shards, generator)
+    row, lengths = found.rows
+    assert found.problem is not None
+    assert found.problem.startswith("the generator: features that are NaN or infinite, so there is no number")
     assert {value.value for value in values(row).values()} == {None}
     assert lengths["ppl_random"] is None
     assert row["fd_random_floor"] > 0
@@ -788,6 +807,9 @@ def test_bad_sides_get_one_line(
     for name in "ab":
         (tmp_path / "broken" / f"{name}.png").write_bytes(b"no picture")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "two").mkdir()
+    for name in "ab":
+        Image.new("RGB", (32, 32)).save(tmp_path / "two" / f"{name}.png")
     a, b = folders
     for words, code, line in (
         ((a,), 2, "--data: needed to measure"),
@@ -807,6 +829,10 @@ def test_bad_sides_get_one_line(
         ((a, "--watch"), 2, "holds no run"),
         ((a, b, "--watch"), 2, "a run that is watched is compared with the set that it was trained on"),
         ((a, b, "--count", "1"), 2, "--count: 1 is below the least, 2"),
+        ((a, b, "--metrics", "all,kit"), 2, "eval.metrics: kit is none of"),
+        ((a, tmp_path / "two"), 2, "fid needs at least 4 pictures, but there are 2 of"),
+        ((a, b, "--picture", tmp_path / "no" / "x.png"), 2, f"--picture: there is no folder {tmp_path / 'no'}"),
+        ((a, b, "--weights", tmp_path / "w.pth"), 2, "says nothing to the random extractor; leave it out"),
     ):
         assert cli("eval", *map(str, words), *(own if "--extractor" not in words else own[2:])) == code, words
         error = capsys.readouterr().err
@@ -979,6 +1005,54 @@ def test_a_user_s_own_extractor_is_a_class_or_a_torchscript(tmp_path: Path, shar
     other = make_extractor(settle_weights(config, print), CPU)
     assert other.sha256 != make_extractor(settle_weights(replace(config, weights=None), print), CPU).sha256
     assert not torch.allclose(other.features(images), found[str(path)])
+
+
+def test_a_class_whose_code_changes_is_another_extractor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    digests = set()
+    for name, scale in (("one_means", 1), ("other_means", 100)):
+        (tmp_path / f"{name}.py").write_text(
+            "import torch\n\nclass Net(torch.nn.Module):\n"
+            f"    def forward(self, x):\n        return {scale} * x.float().mean((2, 3))\n"
+        )
+        digests.add(make_extractor(settle_weights(EvalConfig(extractor=f"{name}:Net"), print), CPU).sha256)
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 7])
+def test_few_pictures_have_numbers_where_they_can_and_a_line_where_not(
+    count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    many, few = (torch.randint(0, 256, (n, 3, 16, 16), generator=generator, dtype=torch.uint8) for n in (20, count))
+    config = Config(eval=EvalConfig())
+    (row,) = evaluation.measure(config, tensors(few), tensors(many), passing(), Ranks(), []).rows
+    assert row["fd_passing"] > 0
+    assert (row["fd_passing_error"] is None) == (count < 4)
+    config = Config(eval=EvalConfig(metrics=["prc"]))
+    least = "fid needs at least 4" if count < 4 else "prc needs at least 8"
+    with pytest.raises(UserError, match=f"{least} pictures, but there are {count} of pictures"):
+        evaluation.measure(config, tensors(many), tensors(few), passing(), Ranks(), [])
+    assert capsys.readouterr().err == ""
+
+
+def test_too_few_readable_reals_leave_the_other_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    fakes, reals = (torch.randint(0, 256, (n, 3, 16, 16), generator=generator, dtype=torch.uint8) for n in (20, 9))
+
+    def read(start: int, stop: int) -> Any:  # Every second one is damaged, as are all odd ones.
+        places = torch.arange(start, stop)[::2]
+        yield Part(reals[places], places, None, tuple(f"{place}: damaged" for place in range(start + 1, stop, 2)))
+
+    damaged = replace(tensors(reals), read=read, max_bad=0.5)
+    config = Config(eval=EvalConfig(metrics=["prc"]))
+    (row,) = evaluation.measure(config, tensors(fakes), damaged, passing(), Ranks(), []).rows
+    assert (row["num_real"], row["lost_reals"]) == (5, 4)
+    assert row["fd_passing"] > 0
+    assert row["fd_passing_floor"] is None
+    assert (row["precision_passing"], row["recall_passing_floor"]) == (None, None)
+    assert "no prc needs at least 8 pictures, but there are 5 of pictures" in capsys.readouterr().err
+    assert next(name for name in row if f"{name}_floor" in row) == "fd_passing"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hrgan import checkpoint
 from hrgan.apps import follow
@@ -94,10 +96,27 @@ def test_it_points_best_at_the_best_of_the_largest_resolution_and_the_training_k
     assert int((run / "best").read_text()) == min(measured, key=lambda nimg: measured[nimg])
 
 
-def test_none_is_measured_twice_where_reals_cannot_be_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow.Watcher, "_known", lambda *arguments: int(arguments[1].name) in MEASURED)
+def test_none_is_measured_twice_where_reals_cannot_be_read(
+    run: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = Path(shutil.copytree(shards, tmp_path / "damaged", ignore=shutil.ignore_patterns("stats")))
+    tar = sorted((damaged / "16").glob("*.tar"))[0]
+    content = bytearray(tar.read_bytes())
+    content[600] ^= 1  # In the first picture: the first header takes 512 bytes.
+    tar.write_bytes(content)
+    (run / "metrics.jsonl").unlink()
+    assert cli("eval", run, "--watch", "--data", damaged) == 0
+    assert [row["nimg"] for row in rows(run)] == list(reversed(ALL))
+    assert {(row["num_real"], row["lost_reals"]) for row in rows(run)} == {(95, 1)}
+    capsys.readouterr()
+    assert cli("eval", run, "--watch", "--data", damaged) == 0  # Another watcher finds nothing left.
+    assert capsys.readouterr().out == f"{run} is finished and measured; checkpoints passed over: 0\n"
+
+
+def test_a_line_that_is_no_row_is_passed_over(run: Path) -> None:
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("[1, 2]\n")
     assert cli("eval", run, "--watch") == 0
-    assert [row["nimg"] for row in rows(run)] == MEASURED + [nimg for nimg in reversed(ALL) if nimg not in MEASURED]
 
 
 def test_pruned_and_damaged_checkpoints_are_passed_over_and_said(
@@ -390,3 +409,21 @@ def test_the_exit_code_goes_to_the_file_that_a_job_names(tmp_path: Path, monkeyp
     assert (tmp_path / "exit").read_text() == "0\n"
     assert cli("eval", tmp_path / "none") == 2
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("exit", "2\n")]
+
+
+def test_pictures_that_are_not_finite_get_no_number_and_a_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run / "checkpoints" / "160"
+    weights = load_file(folder / "ema.safetensors")
+    weights["to_rgb.16.bias"].fill_(float("nan"))
+    save_file(weights, folder / "ema.safetensors")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["ema.safetensors"] = hashlib.sha256((folder / "ema.safetensors").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert cli("eval", folder) == 4
+    error = capsys.readouterr().err
+    assert "features that are NaN or infinite, so there is no number" in error
+    assert "Traceback" not in error
+    assert cli("eval", run, "--watch", "--count", "20") == 0
+    assert f"warning: {folder}: the generator: features that are NaN or infinite" in capsys.readouterr().out
+    assert [row["nimg"] for row in rows(run) if row["fd_random"] is None] == [160]
+    assert (run / "best").read_text() != "160\n"

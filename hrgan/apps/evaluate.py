@@ -21,7 +21,7 @@ from hrgan.data.dataset import Dataset, open_dataset
 from hrgan.data.manifest import Form
 from hrgan.data.store import cache_folder
 from hrgan.engine import from_all, join, on_first
-from hrgan.errors import UserError
+from hrgan.errors import DataError, UserError
 from hrgan.metrics.evaluation import Evaluated, evaluated, measure, save_neighbours
 from hrgan.metrics.extractor import Extractor, make_extractor, other_weights, settle_weights
 from hrgan.metrics.features import Ranks
@@ -68,6 +68,8 @@ class Settings:
         """A configuration as it is measured with."""
         names = ("num_real", "extractor", "weights", "mirror", "kid_subset_size", "bootstrap")
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.extractor is not None and self.weights is None:
+            changes["weights"] = None  # The run's are another network's.
         changes |= {"num_fake": self.count} if self.count is not None else {}
         changes |= {"metrics": list(self.metrics)} if self.metrics is not None else {}
         data = replace(config.data, path=self.data or config.data.path)
@@ -81,6 +83,8 @@ class Settings:
         for name, count in (("--count", self.count), ("--num-real", self.num_real)):
             if count is not None and count < 2:
                 raise UserError(f"{name}: {count} is below the least, 2")
+        if self.picture is not None and not self.picture.parent.is_dir():
+            raise UserError(f"--picture: there is no folder {self.picture.parent}; make it, or name another file")
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,8 @@ def evaluate_pair(a: str, b: str | None, settings: Settings) -> list[Row]:
         fake = _source(left, right, config, settings, settings.count)
         _check_sizes(fake, real)
         found = measure(config, fake, real, extractor, ranks, folders)
+    if found.problem is not None:
+        raise DataError(found.problem)
     if found.neighbours is not None:
         _keep_neighbours(found, left, Path(a), real.level, settings, own_set=named is None)
     about: Row = {"nimg": left.nimg} if left.nimg is not None else {}

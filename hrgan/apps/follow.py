@@ -59,13 +59,18 @@ class Watcher:
             "extractor": extractor.name,
             "extractor_sha256": extractor.sha256,
             "num_fake": settings.num_fake,
-            "num_real": real.count,
             "real_set": real.identity,
             "mirror": real.mirror,
         }
         compared = {"fid", *settings.metrics} - {"ppl"}
         names = {extractor.called(base) for name in compared for base in METRICS[name][1]}
-        found = any(_holds(row, wanted) and names <= set(values(row)) for row in rows)
+        # Where some reals could not be read, a row has fewer than were asked for.
+        found = any(
+            _holds(row, wanted)
+            and row["num_real"] + row.get("lost_reals", 0) == real.count
+            and names <= set(values(row))
+            for row in rows
+        )
         if found and "ppl" in settings.metrics:
             path_length = "ppl" if self.lpips else f"ppl_{extractor.short}"
             named = {"nimg": int(path.name), "num_fake": settings.num_fake}
@@ -90,6 +95,8 @@ class Watcher:
         folders = [self.dataset.stats_folder(), self.run / "stats"]
         found = evaluated(self.config, generator, alpha, real, self.extractor, self.lpips, self.ranks, folders)
         self.measured.add(mark)
+        if found.problem is not None:
+            self.say(f"warning: {folder}: {found.problem}")
         for row in found.rows:
             if not add_row(self.run / "metrics.jsonl", {"nimg": nimg, **row}, lambda: not rolled_back(folder, mark)):
                 self.say(f"{nimg / 1000:g} kimg was measured by another process meanwhile, or the run went back")

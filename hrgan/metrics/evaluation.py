@@ -213,6 +213,8 @@ METRICS: dict[str, tuple[Callable[[Pair], dict[str, Number]], tuple[str, ...]]] 
 """By the words of eval.metrics (besides ppl, which compares no reals), with what they find."""
 FLOORED = ("fid", "kid", "prc", "memorization")
 """Those that say something of one half of the reals against the other."""
+IN_HALF = {"prc": NEIGHBOURHOOD + 1}
+"""Fewest reals of a half that a floor can be computed of, where 2 are not enough."""
 
 
 # All of them
@@ -226,6 +228,8 @@ class Evaluated:
     """Of metrics.jsonl, besides nimg; none on other processes."""
     neighbours: Tensor | None
     """(3, H, W) uint8: the generated pictures that are nearest to reals, beside those."""
+    problem: str | None
+    """Why there are no numbers; None where there are."""
     reference_seconds: float
     """Time that the reference's features took; next to nothing where they were kept."""
 
@@ -282,20 +286,30 @@ class Side(NamedTuple):
     classes: tuple[str, ...] = ()
 
 
+def too_few(metric: str, settings: EvalConfig, fake: Side, real: Side) -> str | None:
+    """Why a metric cannot be computed of so many pictures; None where it can. Of reals there must be enough in each
+    half, too, for the floor."""
+    kid = settings.kid_subset_size
+    fakes = {"kid": kid, "prc": NEIGHBOURHOOD + 2, "memorization": 3, "isc": SPLITS, "fid_infinity": 2 * GROUPS}
+    reals = {name: 2 * IN_HALF.get(name, 2) for name in FLOORED}
+    reals["kid"] = max(reals["kid"], kid)
+    for side, least in ((fake, fakes), (real, reals)):
+        if side.pictures < least.get(metric, 2):
+            more = ", a smaller eval.kid_subset_size" if metric == "kid" else ""
+            out = f", or leave {metric} out" if metric != "fid" else ""  # It is always measured.
+            return (
+                f"{metric} needs at least {least.get(metric, 2)} pictures, but there are {side.pictures} of "
+                f"{side.where}; take more of them{more}{out}"
+            )
+    return None
+
+
 def refuse_too_few(settings: EvalConfig, fake: Side, real: Side) -> None:
     """UserError for metrics that cannot be computed of so many pictures, or not without classes."""
-    least = {"kid": settings.kid_subset_size, "prc": NEIGHBOURHOOD + 2, "memorization": 3}
-    for metric in settings.metrics:
-        for side, needed in (
-            (fake, {**least, "isc": SPLITS, "fid_infinity": 2 * GROUPS}.get(metric, 2)),
-            (real, least.get(metric, 2)),
-        ):
-            if side.pictures < needed:
-                more = ", a smaller eval.kid_subset_size" if metric == "kid" else ""
-                raise UserError(
-                    f"eval.metrics: {metric} needs at least {needed} pictures, but there are {side.pictures} of "
-                    f"{side.where}; take more of them{more}, or leave {metric} out"
-                )
+    for metric in dict.fromkeys(("fid", *settings.metrics)):
+        problem = too_few(metric, settings, fake, real)
+        if problem is not None:
+            raise UserError(f"eval.metrics: {problem}")
     if "class_fid" in settings.metrics and not set(fake.classes) & set(real.classes):
         sides = " and ".join(f"{side.where} ({', '.join(side.classes[:3]) or 'none'})" for side in (fake, real))
         raise UserError(f"eval.metrics: class_fid needs classes that both sides have; there are those of {sides}")
@@ -327,7 +341,7 @@ def measure(
     scores = "isc" in settings.metrics
     fakes = extract(fake, extractor, ranks, GROUPS, rows=rows, scores=scores, pause=pause, batch=settings.batch)
     if ranks.rank > 0:
-        return Evaluated([], None, reference_seconds)
+        return Evaluated([], None, None, reference_seconds)
     pair, known = Pair(fake, real, fakes, reals, settings, extractor.device), dict(reals.floors)
     row = {
         "resolution": fake.level,
@@ -342,12 +356,25 @@ def measure(
         "truncation": 1.0,
         "seed": config.seed,
         "labels": fake.labels,
+        **({"lost_reals": reals.lost} if reals.lost else {}),
     }
     if reals.floors != known:
         keep_floors(real, extractor, folders, reals)
-    shown = _neighbours(pair) if "memorization" in settings.metrics and fakes.all.finite() else None
+    problem = not_finite(pair)
+    shown = _neighbours(pair) if "memorization" in settings.metrics and problem is None else None
     seconds = round(time.perf_counter() - began, 3)
-    return Evaluated([{**row, "seconds": seconds}], shown, reference_seconds)
+    return Evaluated([{**row, "seconds": seconds}], shown, problem, reference_seconds)
+
+
+def not_finite(pair: Pair) -> str | None:
+    """Why there is no distance between two sides; None where there is."""
+    for source, features in ((pair.fake, pair.fakes), (pair.real, pair.reals)):
+        if not features.all.finite():
+            return (
+                f"{source.where}: features that are NaN or infinite, so there is no number: its pictures are, as those "
+                "of a broken checkpoint, or the extractor makes them so; take another checkpoint or eval.extractor"
+            )
+    return None
 
 
 def _neighbours(pair: Pair) -> Tensor | None:
@@ -362,18 +389,23 @@ def _neighbours(pair: Pair) -> Tensor | None:
 
 
 def numbers_of(pair: Pair, extractor: Extractor) -> Row:
-    """The metrics by name with their errors and floors. None for each number where generated pictures are not finite:
-    there is no distance to them, and they are never the best."""
+    """The metrics by name with their errors and floors. None for each number where pictures are not finite, as there is
+    no distance to them, and where too many of them could not be read; such numbers are never the best."""
     found: Row = {}
-    finite = pair.fakes.all.finite()
+    finite = not_finite(pair) is None
+    fake, real = Side(pair.fake.where, pair.fakes.count), Side(pair.real.where, pair.reals.count)
     for metric, (compute, names) in METRICS.items():
         if metric != "fid" and metric not in pair.settings.metrics:  # It decides which checkpoint is best.
             continue
         beat()
         numbers, floors = dict.fromkeys(names, Number(None)), dict[str, float]()
         try:
-            floors = floors_of(pair, metric) if metric in FLOORED else floors
-            if finite:
+            problem = too_few(metric, pair.settings, fake, real)
+            if problem is not None:
+                print(f"no {problem}", file=sys.stderr)
+            elif metric in FLOORED and pair.reals.all.finite():
+                floors = floors_of(pair, metric)
+            if problem is None and finite:
                 numbers = compute(pair)
                 found |= details_of(pair, metric, extractor)
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
@@ -381,8 +413,8 @@ def numbers_of(pair: Pair, extractor: Extractor) -> Row:
         for base, number in numbers.items():
             name = extractor.called(base)
             found[name], found[f"{name}_error"] = number
-            if base in floors:
-                found[f"{name}_floor"] = floors[base]
+            if metric in FLOORED:
+                found[f"{name}_floor"] = floors.get(base)
     return found
 
 
@@ -395,7 +427,7 @@ def details_of(pair: Pair, metric: str, extractor: Extractor) -> Row:
 
 def floors_of(pair: Pair, metric: str) -> dict[str, float]:
     """The metric of one half of the reals against the other: what a perfect generator of half as many pictures would
-    get. Kept with the reals."""
+    get. Kept with the reals; {} where a half has too few that could be read."""
     compute, names = METRICS[metric]
     keys = {name: f"{name} {pair.settings.kid_subset_size}" if metric == "kid" else name for name in names}
     if not set(keys.values()) <= set(pair.reals.floors):
@@ -407,6 +439,8 @@ def floors_of(pair: Pair, metric: str) -> dict[str, float]:
             pair.settings,
             pair.device,
         )
+        if min(halves.fakes.count, halves.reals.count) < IN_HALF.get(metric, 2):
+            return {}
         for name, number in compute(halves).items():
             assert number.value is not None
             pair.reals.floors[keys[name]] = number.value

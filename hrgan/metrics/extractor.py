@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import math
 import re
 import socket
@@ -90,7 +91,7 @@ class Extractor:
     name: str
     """torch-fidelity's name of it, the file of a TorchScript, or module:Class."""
     sha256: str
-    """Of its weights."""
+    """Of its weights; of a user's class also of the file that it stands in."""
     resize: str
     """How pictures are brought to its input size."""
     size: int
@@ -322,7 +323,8 @@ def _tried(name: str, network: nn.Module, weights: Path | None, device: torch.de
         network = network.to(device).eval().to(memory_format=torch.channels_last)
         for parameter in network.parameters():  # TorchScript knows no requires_grad_ of a whole network.
             parameter.requires_grad_(False)
-        extractor = Extractor(name, _digest(network, weights), resize, 0, network, device)
+        code = _source_of(network) if ":" in name else b""
+        extractor = Extractor(name, _digest(network, weights, code), resize, 0, network, device)
     except (AttributeError, TypeError, RuntimeError) as error:
         raise UserError(f"eval.extractor: {name} is no torch.nn.Module that can be used ({one_line(error)})") from error
     return replace(extractor, size=feature_size(extractor, (64, 64)))
@@ -346,12 +348,20 @@ def feature_size(extractor: Extractor, size: tuple[int, int]) -> int:
     return features.shape[1]
 
 
-def _digest(network: nn.Module, weights: Path | None) -> str:
-    """sha256 of the file of weights, else of the tensors."""
+def _source_of(network: nn.Module) -> bytes:
+    """The file that a user's class stands in: with another one the same weights make other features."""
+    file = inspect.getsourcefile(type(network))
+    return Path(file).read_bytes() if file is not None else b""
+
+
+def _digest(network: nn.Module, weights: Path | None, code: bytes) -> str:
+    """sha256 of the file of weights, else of the tensors; with a user's code before them."""
     if weights is not None:
         with weights.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            if not code:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            return hashlib.sha256(code + file.read()).hexdigest()
     tensors: dict[str, Any] = network.state_dict()
     flat = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in tensors.values())
     content = b"".join(tensor.numpy().tobytes() for tensor in flat)
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(code + content).hexdigest()

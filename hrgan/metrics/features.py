@@ -82,6 +82,10 @@ class Features:
         return Features([self.groups[number]], self.rows[source.sample(self.places) % 2 == number])
 
 
+NAMED = 10
+"""Pictures that cannot be read that a process names."""
+
+
 def extract(
     source: Source,
     extractor: Extractor,
@@ -108,8 +112,8 @@ def extract(
         pause(number / rounds)
         try:
             for part in islice(parts, 1 if number < rounds - 1 else None):  # A source may give smaller parts.
+                say_bad(part.bad[: max(0, NAMED - int(lost[0]))])
                 lost[0] += len(part.bad)
-                say_bad(part.bad)
                 kept.append(_add(found, extractor, source, part, rows, scores))
         except HrganError as error:  # Raised below, on all processes: none may wait for one that has left.
             failure, lost[1], parts = error, 1, iter(())
@@ -153,7 +157,7 @@ def _check_lost(source: Source, found: Features) -> None:
     if found.lost > source.max_bad * max(source.count, 100):
         raise DataError(
             f"{source.where}: {found.lost} of {source.count} pictures cannot be read, more than "
-            f"{source.max_bad:g} of them (data.max_bad); the lines above name them"
+            f"{source.max_bad:g} of them (data.max_bad); the lines above name the first of them"
         )
     if found.count < 2:
         raise DataError(f"{source.where}: {found.count} pictures that can be read, expected at least 2")

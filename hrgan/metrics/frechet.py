@@ -146,7 +146,8 @@ def frechet_error(groups: Sequence[Projected], reference: Reference, replicates:
     """
     full = [group for group in groups if group.count > 0]
     half = len(full) // 2
-    if replicates < 2 or half < 1:
+    # One picture alone has no covariance.
+    if replicates < 2 or sum(sorted(int(group.count) for group in full)[:half]) < 2:
         return None
     random = np.random.default_rng(seed)
     found = []

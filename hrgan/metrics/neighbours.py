@@ -42,7 +42,13 @@ def nearest(fake: Tensor, real: Tensor, device: torch.device) -> Nearest:
     used, position = torch.unique(found[:, 0], return_inverse=True)
     own = _closest(real[used], real, min(OTHERS, len(real)))[1]
     # Not the picture itself, nor another copy of it in the set: next to those nothing would count as a copy.
-    other = torch.where(own > SAME * real[used].norm(dim=1, keepdim=True), own, torch.inf).amin(1)
+    same = SAME * real[used].norm(dim=1, keepdim=True)
+    other = torch.where(own > same, own, torch.inf).amin(1)
+    for row in torch.nonzero(other.isinf()).flatten().tolist():  # More copies than were looked at.
+        away = (real - real[used[row]]).square().sum(1).sqrt()
+        away = away[away > same[row]]
+        # Of reals that are all the same only the same again is a copy.
+        other[row] = away.amin() if len(away) else same[row, 0]
     return Nearest(found.cpu(), (distances[:, 0] / other[position]).cpu())
 
 

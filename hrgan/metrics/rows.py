@@ -22,7 +22,7 @@ PROVENANCE = (
     "labels",
 )
 """Everything besides the generator that moves a number; the seed of the latents does not, beyond its error."""
-ABOUT = (*PROVENANCE, "nimg", "seed", "seconds", "size")
+ABOUT = (*PROVENANCE, "nimg", "seed", "seconds", "size", "lost_reals")
 """Keys of a row that are not numbers of a metric."""
 HIGHER_IS_BETTER = ("isc", "precision", "recall", "authenticity")
 """Metrics, by the first part of their names; of all others less is better."""

@@ -173,8 +173,9 @@ def _nulls(record: Record) -> Iterator[Caution]:
         names = ", ".join(dict.fromkeys(name for name, _ in empty))
         yield Caution(
             "not computed",
-            f"{names} could not be computed at {places} kimg: generated pictures were not finite.",
-            "Take a checkpoint from before that; train on with a lower optim.lr.",
+            f"{names} could not be computed at {places} kimg: generated pictures were not finite, or too few could be "
+            "read; what the evaluation printed says which.",
+            "Take a checkpoint from before that; where pictures were not finite, train on with a lower optim.lr.",
         )
 
 

@@ -150,7 +150,7 @@ def _why_not(record: Record, metric: str) -> str:
     if not record.metrics:
         return "not evaluated yet; hrgan eval RUN --watch measures its checkpoints"
     if by_kind(record.metrics, metric):
-        return f"{metric} could not be computed, its pictures were not finite"
+        return f"{metric} could not be computed: its pictures were not finite, or too few"
     return f"no {metric}, it has {', '.join(metrics_of(record.metrics))}; hrgan eval measures it with another extractor"
 
 

@@ -144,9 +144,11 @@ def read_rows(path: Path) -> list[Row]:
     # Lines are ASCII: what cannot be decoded is damage, found as such below.
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 
@@ -175,9 +177,9 @@ def summary(run: Path, grid: Sequence[int]) -> list[str]:
             for row in (first, last)
         ]
         size = size_text(grid, last["resolution"])
-        lines.append(
-            f"{name} at {size}: {', '.join(numbers)}; reals against reals {last[f'{name}_floor']:.4f}"
-        )
+        floor = last[f"{name}_floor"]
+        beside = f"; reals against reals {floor:.4f}" if floor is not None else ""
+        lines.append(f"{name} at {size}: {', '.join(numbers)}{beside}")
     pictures = sorted((run / "samples").glob("*.png"))
     if pictures:
         lines.append(f"pictures (generated left, real right): {pictures[-1]}")
