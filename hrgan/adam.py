@@ -46,15 +46,15 @@ class Adam(torch.optim.Adam):
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        lr: float,
-        betas: tuple[float, float],
         eps: float,
-        any_process: Callable[[Tensor], Tensor],
+        over_processes: Callable[[Tensor], Tensor],
+        copies: int,
         scale: LossScale | None = None,
     ) -> None:
-        """any_process: the maximum of a scalar over the processes. scale: what the gradients are multiplied by."""
-        super().__init__(parameters, lr, betas, eps, fused=True)
-        self._any_process, self._loss_scale = any_process, scale
+        """Learning rate and betas are set before each step. over_processes: the sum of a tensor over the processes.
+        copies: processes that hold the same gradients. scale: what the gradients are multiplied by."""
+        super().__init__(parameters, eps=eps, fused=True)
+        self._over_processes, self._copies, self._loss_scale = over_processes, copies, scale
 
     @property
     def scale(self) -> Tensor | None:
@@ -67,15 +67,20 @@ class Adam(torch.optim.Adam):
         self._wrong = 1 - loss.isfinite().float()
         self.skipped = torch.ones_like(self._wrong)
         """() float32: 1 if the last step was skipped."""
+        self.norm = torch.zeros_like(self._wrong)
+        """() float32: the gradient's L2 norm in the last step that was not skipped."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closures here
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm: Tensor = torch.stack(torch._foreach_norm(gradients)).norm()
-        wrong = torch.maximum(self._wrong, 1 - norm.isfinite().float().to(self._wrong.device))
-        self.skipped = self._any_process(wrong)
+        square = torch.stack(torch._foreach_norm(gradients)).square().sum().to(self._wrong.device)
+        wrong = torch.maximum(self._wrong, 1 - square.isfinite().float())
+        found, total = self._over_processes(torch.stack([wrong, square / self._copies])).unbind()
+        self.skipped = (found > 0).float()
+        norm = total.sqrt() if self.scale is None else (total.sqrt() / self.scale).sum()
+        self.norm = torch.where(self.skipped > 0, torch.zeros_like(norm), norm)
         # What torch's own scaler sets: fused Adam takes both as tensors on the device.
-        self.found_inf, self.grad_scale = self.skipped.to(norm.device), self.scale
+        self.found_inf, self.grad_scale = self.skipped.to(gradients[0].device), self.scale
         super().step()
         if self._loss_scale:
             self._loss_scale.follow(self.skipped)

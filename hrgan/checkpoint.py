@@ -276,8 +276,11 @@ def load(folder: Path, parts: tuple[str, ...] = PARTS) -> Saved:
     """Read a checkpoint that verifies; `parts` may name fewer files."""
     description: dict[str, Any] = json.loads((folder / "state.json").read_text())
     tensors: dict[str, dict[str, torch.Tensor]] = {
-        name: safetensors.torch.load_file(folder / f"{name}.safetensors") for name in parts
+        name: safetensors.torch.load_file(folder / f"{name}.safetensors")
+        for name in parts
+        if name != "feedback" or (folder / f"{name}.safetensors").exists()  # Runs of before there was any lack it.
     }
+    tensors.setdefault("feedback", {})
     state = State(description["resolution"], description["fading"], tensors)
     known = {item.name for item in fields(Progress)}
     progress = Progress(**{key: value for key, value in description["progress"].items() if key in known})

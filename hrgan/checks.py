@@ -7,7 +7,7 @@ import difflib
 import math
 from dataclasses import asdict
 
-from hrgan.config import CHUNK, EVAL_METRICS, EXTRACTORS, Config, at, leaves, resolutions
+from hrgan.config import AUGMENTATIONS, CHUNK, EVAL_METRICS, EXTRACTORS, Config, at, leaves, resolutions
 from hrgan.sizes import LONGEST, SHORTEST
 
 
@@ -17,6 +17,8 @@ def problems(config: Config) -> list[str]:
         *_size_problems(config),
         *_batch_problems(config),
         *_loss_problems(config),
+        *_augment_problems(config),
+        *_family_problems(config),
         *_eval_problems(config),
         *_range_problems(config),
     ]
@@ -81,12 +83,57 @@ def _batch_problems(config: Config) -> list[str]:
 
 
 def _loss_problems(config: Config) -> list[str]:
-    if config.loss.penalty == "finite_difference" and config.loss.kind == "wgan-gp":
-        return [
+    loss, network, found = config.loss, config.network, []
+    if loss.penalty == "finite_difference" and loss.kind == "wgan-gp":
+        found.append(
             "loss.penalty: finite_difference estimates the squared gradient norm, from which WGAN-GP's distance to "
-            "loss.gp_target does not follow; nearest: exact, or loss.kind logistic"
-        ]
-    return []
+            "loss.gp_target does not follow; nearest: exact, or loss.kind wasserstein"
+        )
+    if loss.path_weight > 0 and network.family != "style":
+        found.append(
+            f"loss.path_weight: {loss.path_weight:g}, but {network.family} has no w to measure paths in; nearest: 0"
+        )
+    if config.augment.target is not None and loss.kind not in ("logistic", "hinge"):
+        found.append(
+            f"augment.target: {config.augment.target:g}, but under loss.kind {loss.kind} the sign of D on reals says "
+            "nothing; nearest: null, with augment.strength and ramp.augment, or loss.kind logistic"
+        )
+    return found
+
+
+def _augment_problems(config: Config) -> list[str]:
+    augment, names, found = config.augment, (*AUGMENTATIONS, "diffaugment", "ada"), []
+    for op in augment.ops:
+        if op not in names:
+            near = difflib.get_close_matches(op, names, 1, 0)[0]
+            found.append(f"augment.ops: {op} is none of {', '.join(names)}; nearest: {near}")
+    if augment.ops and augment.strength == 0 and augment.target is None and config.ramp.augment is None:
+        found.append("augment.strength: 0 does nothing without augment.target; nearest: 1 (or augment.target: 0.6)")
+    if not augment.ops and (augment.strength > 0 or augment.target is not None):
+        found.append("augment.ops: empty, so that nothing has a strength or a target; nearest: [ada] or [diffaugment]")
+    if augment.target is not None and augment.most < augment.strength <= 1:
+        found.append(f"augment.strength: {augment.strength:g} is above augment.most; nearest: {augment.most:g}")
+    if augment.target is not None and config.ramp.augment is not None:
+        found.append("ramp.augment: given, but augment.target adapts the strength; nearest: null")
+    return found
+
+
+def _family_problems(config: Config) -> list[str]:
+    network, found = config.network, []
+    if network.classes is not None and network.condition == "none":
+        found.append("network.classes: given, but network.condition is none; nearest: null")
+    if network.family == "dcgan":
+        first = config.schedule.start_resolution if network.grow else network.resolution
+        if first < 8:
+            found.append(
+                f"{'schedule.start_resolution' if network.grow else 'network.resolution'}: {first}, but dcgan begins "
+                "at 8 pixels; nearest: 8"
+            )
+        if config.schedule.micro_batch is not None:
+            found.append(
+                "schedule.micro_batch: given, but dcgan's batch statistics need the whole batch at once; nearest: null"
+            )
+    return found
 
 
 def _eval_problems(config: Config) -> list[str]:
@@ -118,6 +165,20 @@ _LEAST: dict[str, float] = {
     "loss.drift": 0,
     "loss.r1_gamma": 0,
     "loss.r1_every": 1,
+    "loss.r2_gamma": 0,
+    "loss.path_weight": 0,
+    "loss.path_every": 1,
+    "loss.class_weight": 0,
+    "network.mapping_layers": 1,
+    "network.mixing": 0,
+    "network.blocks": 1,
+    "network.group_size": 1,
+    "augment.strength": 0,
+    "augment.target": -1,
+    "ramp.kimg": 0,
+    "ramp.beta2": 0,
+    "ramp.ema_kimg": 0,
+    "ramp.augment": 0,
     "optim.ema_kimg": 0,
     "optim.max_skipped": 1,
     "optim.max_rollbacks": 1,
@@ -142,6 +203,11 @@ _ABOVE_ZERO = (
     "optim.lr_d",
     "optim.eps",
     "loss.fd_sigma",
+    "loss.path_decay",
+    "augment.adapt_kimg",
+    "augment.most",
+    "ramp.lr",
+    "ramp.gamma",
     "optim.rollback_lr",
     "limits.hours",
     "eval.max_share",
@@ -160,6 +226,13 @@ _MOST: dict[str, float] = {
     "eval.max_share": 1,
     "optim.rollback_lr": 1,
     "optim.beta1": 0.9999,
+    "loss.path_decay": 1,
+    "augment.strength": 1,
+    "augment.target": 1,
+    "augment.most": 1,
+    "network.mixing": 1,
+    "ramp.beta2": 0.99999,
+    "ramp.augment": 1,
     "optim.beta2": 0.99999,
 }
 

@@ -96,8 +96,9 @@ def data_check(args: Namespace) -> None:
 def schedule(args: Namespace) -> None:
     from hrgan.schedule import make_schedule, rows, table
 
-    plan = make_schedule(args.configuration)
-    print(json.dumps(rows(plan), indent=1) if args.json else table(plan, args.configuration.network.grid))
+    config = args.configuration
+    plan = make_schedule(config)
+    print(json.dumps(rows(plan, config), indent=1) if args.json else table(plan, config))
 
 
 def train(args: Namespace) -> None:
@@ -149,9 +150,11 @@ def metric_names(text: str | None) -> tuple[str, ...] | None:
 
 
 def generate(args: Namespace) -> None:
+    from hrgan.apps.generate import Wanted
     from hrgan.apps.generate import generate as make
 
-    make(Path(args.target), Path(args.out), args.count, args.seed, args.weights == "ema")
+    wanted = Wanted(args.count, args.seed, args.weights == "ema", args.class_name, args.truncation)
+    make(Path(args.target), Path(args.out), wanted)
 
 
 def judge(args: Namespace) -> None:
@@ -221,6 +224,14 @@ def bench_world(args: Namespace) -> None:
 
     rows = bench(args.configuration, args.processes, args.seconds)
     print(json.dumps(rows, indent=1)) if args.json else print_table(rows, args.processes)
+
+
+def bench_modes(args: Namespace) -> None:
+    from hrgan.apps.bench_modes import bench_modes as bench
+    from hrgan.apps.bench_modes import print_table
+
+    rows = bench(Path(args.target), args.count, args.seed)
+    print(json.dumps(rows, indent=1)) if args.json else print_table(rows)
 
 
 # Their arguments
@@ -397,6 +408,10 @@ def generate_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--weights", type=str, choices=("ema", "raw"), default="ema", help="ema: the moving average of the generator"
     )
+    parser.add_argument("--class", dest="class_name", type=str, help="of this class only; default: of each as often")
+    parser.add_argument(
+        "--truncation", type=float, default=1.0, help="of style's w: below 1 more alike and cleaner, 0 all the same"
+    )
 
 
 def judge_arguments(parser: Parser) -> None:
@@ -450,6 +465,13 @@ def bench_eval_arguments(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="as JSON")
 
 
+def bench_modes_arguments(parser: Parser) -> None:
+    parser.add_argument("target", type=str, help="run directory or checkpoint folder, trained on a drawn set")
+    parser.add_argument("--count", type=int, default=4800, help="pictures generated, and as many reals")
+    parser.add_argument("--seed", type=int, default=0, help="decides the pictures")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
 def bench_step_arguments(parser: Parser) -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="time for each figure")
     parser.add_argument(
@@ -496,6 +518,7 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], None], Callable[[Parser], None],
     "bench data": (bench_data, bench_data_arguments, "images per second of reading a set, beside its limits"),
     "bench size": (bench_size, bench_size_arguments, "what a set of a million images takes to open, seek and hold"),
     "bench eval": (bench_eval, bench_eval_arguments, "seconds of FID of two folders, beside torch-fidelity's command"),
+    "bench modes": (bench_modes, bench_modes_arguments, "how many of the drawn set's 48 modes a generator covers"),
     "bench step": (
         bench_step,
         bench_step_arguments,

@@ -67,8 +67,9 @@ class DataConfig:
 class NetworkConfig:
     """The two networks."""
 
-    family: Literal["progan"] = "progan"
-    """Architecture: progan (Karras et al. 2018)."""
+    family: Literal["dcgan", "progan", "style", "r3"] = "progan"
+    """Architecture: dcgan (Radford et al. 2016), progan (Karras et al. 2018), style (StyleGAN2, Karras et al. 2020), r3
+    (R3GAN, Huang et al. 2024)."""
     resolution: int = 1024
     """Final width and height in pixels, a power of two; of another grid the level, so that 512x768 is 512 with the
     grid [4, 6]."""
@@ -88,29 +89,112 @@ class NetworkConfig:
     """Feature maps at 4, 8, 16, ... pixels, in place of the rule above; None uses the rule."""
     grow: bool = True
     """Grow from schedule.start_resolution; false trains at the final resolution from the first image."""
+    condition: Literal["none", "projection", "acgan"] = "none"
+    """Whether pictures are made of a class: an embedding of the label joins z, and D scores how well a picture fits its
+    label (projection: Miyato & Koyama 2018) or also classifies it (acgan: Odena et al. 2017, as in ProGAN's paper)."""
+    classes: list[str] | None = None
+    """Names of the classes; None takes them from the set when the run starts."""
+    mapping_layers: int = 8
+    """Layers of style's mapping network from z to w."""
+    mixing: float = 0.9
+    """Share of training pictures for which style takes the later layers' w from a second z (style mixing)."""
+    noise: bool = True
+    """Noise inputs of style, which draw what is random in a picture. Short runs on few images do without."""
+    blocks: int = 2
+    """Residual blocks per resolution of r3."""
+    group_size: int = 16
+    """Channels per group of r3's 3x3 convolutions, which have twice a block's width (its cardinality is
+    2 width / group_size)."""
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that the networks are conditioned on; 0: unconditional."""
+        return len(self.classes or ()) if self.condition != "none" else 0
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Adversarial loss and its penalty."""
+    """Adversarial loss and its penalties."""
 
-    kind: Literal["wgan-gp", "logistic"] = "wgan-gp"
-    """wgan-gp: Wasserstein with gradient penalty and drift (Karras et al. 2018); logistic: non-saturating with R1."""
+    kind: Literal["wgan-gp", "wasserstein", "logistic", "least-squares", "hinge", "relativistic"] = "wgan-gp"
+    """wgan-gp: Wasserstein with gradient penalty and drift (Karras et al. 2018); the others take R1 and R2: wasserstein
+    (with drift), logistic (non-saturating, Goodfellow et al. 2014), least-squares (Mao et al. 2017), hinge (Miyato et
+    al. 2018), relativistic (logistic of D(real) - D(fake), pair by pair, Huang et al. 2024)."""
     gp_lambda: float = 10.0
-    """Weight of the WGAN-GP penalty."""
+    """Weight of the WGAN-GP penalty, which is taken in each step."""
     gp_target: float = 1.0
     """Gradient norm that the WGAN-GP penalty asks for."""
     drift: float = 0.001
-    """Weight of D(real)^2 under wgan-gp."""
-    r1_gamma: FloatByRes = 10.0
-    """Weight of R1 under logistic: gamma/2 * |grad D(real)|^2."""
+    """Weight of D(real)^2 under wgan-gp and wasserstein."""
+    r1_gamma: FloatByRes | None = 10.0
+    """Weight of R1, gamma/2 * |grad D(real)|^2; None: 0.0002 x pixels / batch (Karras et al. 2020, arXiv 2006.06676),
+    because a gradient's square is a sum over pixels and a larger batch needs less of it. 0: no R1."""
+    r2_gamma: FloatByRes | None = 0.0
+    """Weight of R2, the same on generated images; None: as R1."""
     r1_every: int = 16
-    """Steps between two R1 penalties; the penalty is weighted by this number and D's Adam is corrected for it."""
+    """Steps between two R1 and R2 penalties; they are weighted by this number and D's Adam is corrected for it."""
     penalty: Literal["exact", "finite_difference"] = "exact"
-    """How R1 is computed: exact (double backward), or from the difference of D at noisy and clean images, which ZeRO-3
-    needs (losses.finite_difference_penalty has its bias and variance)."""
+    """How R1 and R2 are computed: exact (double backward), or from the difference of D at noisy and clean images, which
+    ZeRO-3 needs (losses.finite_difference_penalty has its bias and variance)."""
     fd_sigma: float = 0.01
     """Standard deviation of the noise of finite_difference, in units of pixels from -1 to 1."""
+    path_weight: float = 0.0
+    """Weight of style's path-length regularisation (2 in Karras et al. 2020, arXiv 1912.04958); 0: none."""
+    path_every: int = 4
+    """Steps between two path-length penalties; they are weighted by this number and G's Adam is corrected for it."""
+    path_decay: float = 0.01
+    """Share with which a step's lengths enter their running mean."""
+    class_weight: float = 1.0
+    """Weight of the classification loss of network.condition acgan, for D and G."""
+
+
+@dataclass(frozen=True)
+class RampConfig:
+    """Cosine schedules over images seen: from the values given elsewhere, at the start, to these at `kimg`; flat after
+    it."""
+
+    kimg: float = 0.0
+    """Thousands of images until the values here are reached; 0: everything is constant."""
+    lr: float = 1.0
+    """What the learning rates are multiplied by in the end."""
+    gamma: float = 1.0
+    """What R1's and R2's weights are multiplied by in the end."""
+    beta2: float | None = None
+    """Adam's second-moment decay in the end; None: constant."""
+    ema_kimg: float | None = None
+    """Half-life of the generator's moving average in the end; None: constant."""
+    augment: float | None = None
+    """Strength of augmentation in the end, where augment.target does not adapt it; None: constant."""
+
+
+DIFFAUGMENT = ("color", "translation", "cutout")
+"""What "diffaugment" stands for in augment.ops (Zhao et al. 2020)."""
+ADA = (
+    *("flip", "rotate90", "translate"),
+    *("scale", "rotate", "anisotropic", "shift"),
+    *("brightness", "contrast", "luma_flip", "hue", "saturation"),
+)
+"""What "ada" stands for in augment.ops: the paper's bgc (Karras et al. 2020, figure 4)."""
+AUGMENTATIONS = (*DIFFAUGMENT, *ADA)
+"""Of augment.ops, besides the two shorthands."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Augmentation of everything that D sees, for sets of few images."""
+
+    ops: list[str] = field(default_factory=list)
+    """What is done, any of: color, translation, cutout ("diffaugment" stands for these three, with strength 1); flip,
+    rotate90, translate, scale, rotate, anisotropic, shift, brightness, contrast, luma_flip, hue, saturation ("ada"
+    stands for these twelve, with target 0.6). augment.augment describes each; empty: no augmentation."""
+    strength: float = 0.0
+    """Probability from 0 to 1 with which each is done to an image; at the start, where a target adapts it."""
+    target: float | None = None
+    """Adapt the strength until the mean sign of D on reals is this (ADA: 0.6, Karras et al. 2020); None: it stays."""
+    adapt_kimg: float = 500.0
+    """Thousands of images in which an adapting strength goes from 0 to 1 at the fastest."""
+    most: float = 0.8
+    """Largest strength that adapting reaches; from about there on augmentations leak into what G draws."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +264,9 @@ class EvalConfig:
     ppl."""
     extractor: str = "auto"
     """inception: FID's own network, refused at launch without its weights; random: a seeded random convolutional
-    network (fd_random); auto: inception where its weights can be had, else random; vgg16, clip-..., dinov2-vit-...:
-    torch-fidelity's; FILE.pt: your TorchScript, module:Class: your torch.nn.Module, (N, 3, H, W) uint8 -> (N, D)."""
+    network (fd_random; random-1 to random-4 of other seeds); auto: inception where its weights can be had, else random;
+    vgg16, clip-..., dinov2-vit-...: torch-fidelity's; FILE.pt: your TorchScript, module:Class: your torch.nn.Module,
+    (N, 3, H, W) uint8 -> (N, D)."""
     weights: str | None = None
     """File of the extractor's weights; None looks in torch's cache, then downloads."""
     batch: int = 64
@@ -247,8 +332,12 @@ class Config:
     """The networks."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Loss and penalty."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """What D's images are augmented with."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Adam and EMA."""
+    ramp: RampConfig = field(default_factory=RampConfig)
+    """What changes over the run."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Length, growth, batch."""
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -259,6 +348,9 @@ class Config:
     """Stopping by itself."""
     log: LogConfig = field(default_factory=LogConfig)
     """Showing."""
+    init_from: str | None = None
+    """Checkpoint or run that a new run takes its first weights from, as far as names and shapes fit (classes by their
+    names); what is taken and what is not is said. None: initial weights."""
     seed: int = 0
     """Decides initial weights, the order of images and all noise."""
     precision: Literal["float32", "bf16", "fp16"] = "float32"
@@ -273,7 +365,9 @@ CLIP = tuple(
     for kind in ("rn50", "rn101", "rn50x4", "rn50x16", "rn50x64", "vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336px")
 )
 DINOV2 = tuple(f"dinov2-vit-{size}-14" for size in "sblg")
-EXTRACTORS = ("auto", "inception", "vgg16", "random", *CLIP, *DINOV2)
+RANDOM_EXTRACTORS = ("random", *(f"random-{number}" for number in range(1, 5)))
+"""Of eval.extractor: of five seeds, so that a number's dependence on the seed can be seen."""
+EXTRACTORS = ("auto", "inception", "vgg16", *RANDOM_EXTRACTORS, *CLIP, *DINOV2)
 """Of eval.extractor, besides a user's own."""
 EVAL_METRICS = ("fid", "fid_infinity", "kid", "isc", "prc", "class_fid", "memorization", "ppl")
 """Of eval.metrics."""

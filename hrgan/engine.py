@@ -29,12 +29,14 @@ from hrgan.adam import Adam, LossScale
 from hrgan.config import Config
 from hrgan.errors import REFUSALS, Drifted, HrganError, UserError, refused_by_system
 from hrgan.networks import AUTOCAST, make_discriminator, make_generator
-from hrgan.schedule import Phase
+from hrgan.schedule import Phase, Rates, rates
 
 Tensors = dict[str, Tensor]
 TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]  # torch does not say that it exports them
 PrefixStore: Any = dist.PrefixStore  # type: ignore[attr-defined]
-PARTS = ("generator", "discriminator", "ema", "adam_generator", "adam_discriminator")
+PARTS = ("generator", "discriminator", "ema", "adam_generator", "adam_discriminator", "feedback")
+FEEDBACK = {"augment_strength": 1, "augment_signs": 2, "path_mean": 1}
+"""Name and length of each: float32 tensors."""
 Result = TypeVar("Result")
 
 
@@ -126,7 +128,8 @@ class Engine:
             self.accelerator = Accelerator(
                 mixed_precision="no",
                 kwargs_handlers=[
-                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    # Buffers (batch statistics) are the same on all processes by themselves.
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
                     InitProcessGroupKwargs(timeout=timeout),
                 ],
             )
@@ -193,21 +196,35 @@ class Engine:
             for name, network in (("generator", generator), ("ema", ema), ("discriminator", discriminator)):
                 _load(network, state.parts[name], name, None if goes_on else size)
         self.phase = phase
-        self.ema = ema.to(self.device, memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
-        betas = (self.config.optim.beta1, self.config.optim.beta2)
-        self.generator = self._prepare("generator", generator, phase.lr_g, betas)
-        ratio = d_correction(self.config)
-        d_betas = (betas[0] ** ratio, betas[1] ** ratio)
-        self.discriminator = self._prepare("discriminator", discriminator, phase.lr_d * ratio, d_betas)
+        self.ema = ema.to(self.device, memory_format=torch.channels_last).requires_grad_(False).eval()  # type: ignore[call-overload]
+        self.generator = self._prepare("generator", generator)
+        self.discriminator = self._prepare("discriminator", discriminator)
+        self.feedback = {name: torch.zeros(length, device=self.device) for name, length in FEEDBACK.items()}
+        """What the steps before tell the next ones, besides weights and Adam."""
+        self.feedback["augment_strength"].fill_(self.config.augment.strength)
+        self.set_rates(rates(self.config, phase, phase.nimg_from))
         if state is not None:
             for net, part in ((self.generator, "adam_generator"), (self.discriminator, "adam_discriminator")):
                 if goes_on or not phase.resets_adam:
                     self._load_adam(net, state.parts[part])
                 net.adam.load_scale(state.parts[part])
+            for name, value in state.parts["feedback"].items():
+                self.feedback[name].copy_(value)
 
-    def _prepare(self, name: str, module: nn.Module, lr: float, betas: tuple[float, float]) -> Net:
+    def set_rates(self, now: Rates) -> None:
+        """Learning rates and beta2 for the next step. A lazily penalised network takes correspondingly less of both
+        (Karras et al. 2020, arXiv 1912.04958, appendix B)."""
+        beta1 = self.config.optim.beta1
+        g_ratio, d_ratio = corrections(self.config, now)
+        for net, lr, ratio in ((self.generator, now.lr_g, g_ratio), (self.discriminator, now.lr_d, d_ratio)):
+            for group in net.adam.param_groups:
+                group["lr"], group["betas"] = lr * ratio, (beta1**ratio, now.beta2**ratio)
+
+    def _prepare(self, name: str, module: nn.Module) -> Net:
         scale = LossScale.first(self.device) if self.config.precision == "fp16" else None
-        adam = Adam(module.to(self.device).parameters(), lr, betas, self.config.optim.eps, self._any_process, scale)
+        # Under ZeRO-1 and above each process holds a part of the gradients, else all of them.
+        copies = 1 if self.zero_stage else self.world
+        adam = Adam(module.to(self.device).parameters(), self.config.optim.eps, self._over_processes, copies, scale)
         if self.zero_stage is None:
             module.to(memory_format=torch.channels_last)  # DeepSpeed takes no such weights
             return Net(module, self.accelerator.prepare(module), adam)
@@ -215,11 +232,11 @@ class Engine:
         engine, _ = self.accelerators[name].prepare(module, adam)
         return Net(module, module, adam, engine)
 
-    def _any_process(self, flag: Tensor) -> Tensor:
-        """The maximum over the processes."""
+    def _over_processes(self, values: Tensor) -> Tensor:
+        """The sum over the processes."""
         if self.world > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return flag
+            dist.all_reduce(values)
+        return values
 
     def _load_adam(self, net: Net, tensors: Tensors) -> None:
         if self.zero_stage:
@@ -236,6 +253,7 @@ class Engine:
             "ema": _tensors(self.ema),
             "adam_generator": self._adam(self.generator),
             "adam_discriminator": self._adam(self.discriminator),
+            "feedback": dict(self.feedback),
         }
         return State(self.phase.resolution, self.phase.fading, parts)
 
@@ -286,12 +304,14 @@ class Engine:
             net.adam.zero_grad(set_to_none=True)
         return net.adam.skipped
 
-    def update_ema(self) -> None:
-        """Move the EMA towards G by one step's share of the half-life."""
-        half_life = self.config.optim.ema_kimg * 1000
-        keep = 0.5 ** (self.phase.batch / half_life) if half_life else 0.0
+    def update_ema(self, kimg: float) -> None:
+        """Move the EMA towards G by one step's share of the half-life, in thousands of images. Batch statistics are
+        G's own."""
+        keep = 0.5 ** (self.phase.batch / (kimg * 1000)) if kimg else 0.0
         with zero.whole(self.generator.module) if self.zero_stage == 3 else nullcontext():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.module.parameters()), 1 - keep)
+        for average, buffer in zip(self.ema.buffers(), self.generator.module.buffers(), strict=True):
+            average.copy_(buffer)
 
     # Processes
 
@@ -395,11 +415,14 @@ def _known(error: Exception) -> UserError | None:
     return refused_by_system(error) if isinstance(error, OSError) and error.errno in REFUSALS else None
 
 
-def d_correction(config: Config) -> float:
-    """Exponent and factor for D's Adam under lazy regularisation: interval / (interval + 1) (Karras et al. 2020,
-    appendix B)."""
-    every = config.loss.r1_every
-    return every / (every + 1) if config.loss.kind == "logistic" and every > 1 else 1.0
+def corrections(config: Config, now: Rates) -> tuple[float, float]:
+    """Exponent and factor for G's and D's Adam under lazy regularisation: interval / (interval + 1) (Karras et al.
+    2020, arXiv 1912.04958, appendix B); 1 where nothing is penalised."""
+    loss = config.loss
+    g_every = loss.path_every if loss.path_weight else 1
+    d_every = loss.r1_every if now.r1_gamma + now.r2_gamma > 0 else 1
+    g_ratio, d_ratio = (every / (every + 1) if every > 1 else 1.0 for every in (g_every, d_every))
+    return g_ratio, d_ratio
 
 
 def _load(network: nn.Module, tensors: Tensors, role: str, grown_to: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -30,6 +31,67 @@ def logistic_d(real: Tensor, fake: Tensor) -> Tensor:
 def logistic_g(fake: Tensor) -> Tensor:
     """E[softplus(-D(fake))]: the non-saturating form."""
     return F.softplus(-fake).mean()
+
+
+def least_squares_d(real: Tensor, fake: Tensor) -> Tensor:
+    """(E[(D(real) - 1)^2] + E[D(fake)^2]) / 2 (Mao et al. 2017)."""
+    return ((real - 1).square().mean() + fake.square().mean()) / 2
+
+
+def least_squares_g(fake: Tensor) -> Tensor:
+    """E[(D(fake) - 1)^2] / 2."""
+    return (fake - 1).square().mean() / 2
+
+
+def hinge_d(real: Tensor, fake: Tensor) -> Tensor:
+    """E[max(0, 1 - D(real))] + E[max(0, 1 + D(fake))] (Lim & Ye 2017, Miyato et al. 2018)."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+
+def relativistic_d(real: Tensor, fake: Tensor) -> Tensor:
+    """E[softplus(D(fake) - D(real))], pair by pair (Jolicoeur-Martineau 2018; Huang et al. 2024, arXiv 2501.05441)."""
+    return F.softplus(fake - real).mean()
+
+
+def relativistic_g(real: Tensor, fake: Tensor) -> Tensor:
+    """E[softplus(D(real) - D(fake))]."""
+    return F.softplus(real - fake).mean()
+
+
+def adversarial_d(kind: str, real: Tensor, fake: Tensor, drift: float) -> Tensor:
+    """D's loss of a config's loss.kind, without penalties. real, fake: (N, 1) logits; drift: of Wasserstein kinds."""
+    match kind:
+        case "wgan-gp" | "wasserstein":
+            return wasserstein_d(real, fake, drift)
+        case "logistic":
+            return logistic_d(real, fake)
+        case "least-squares":
+            return least_squares_d(real, fake)
+        case "hinge":
+            return hinge_d(real, fake)
+        case "relativistic":
+            return relativistic_d(real, fake)
+    raise ValueError(kind)
+
+
+def adversarial_g(kind: str, real: Tensor | None, fake: Tensor) -> Tensor:
+    """G's loss of a config's loss.kind. fake: (N, 1) logits; real: the same of as many reals, which only the
+    relativistic kind needs."""
+    match kind:
+        case "wgan-gp" | "wasserstein" | "hinge":
+            return wasserstein_g(fake)
+        case "logistic":
+            return logistic_g(fake)
+        case "least-squares":
+            return least_squares_g(fake)
+        case "relativistic" if real is not None:
+            return relativistic_g(real, fake)
+    raise ValueError(kind)
+
+
+def class_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of an auxiliary classifier (Odena et al. 2017). scores: (N, classes); labels: (N,) int64."""
+    return F.cross_entropy(scores, labels)
 
 
 def input_gradient(critic: Critic, x: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -74,3 +136,22 @@ def finite_difference_penalty(critic: Critic, real: Tensor, noise: Tensor, sigma
     """
     clean, noisy = critic(torch.cat([real, real + sigma * noise])).chunk(2)
     return gamma / 2 * ((noisy - clean) / sigma).square().mean()
+
+
+def path_lengths(images: Tensor, ws: Tensor, noise: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(N,) length of the product of G's Jacobian and random images, |J^T y| (Karras et al. 2020, arXiv 1912.04958,
+    section 3.2), itself differentiable by G's parameters.
+
+    images: (N, C, H, W), computed from ws: (N, layers, W). noise: y sqrt(H W) from N(0, I). The norm is over W, its
+    square's mean over the layers. scale: see input_gradient.
+    """
+    y = noise / math.sqrt(images.shape[2] * images.shape[3])
+    total = (images * y).sum()
+    (gradient,) = torch.autograd.grad(total if scale is None else total * scale, ws, create_graph=True)
+    lengths = gradient.square().sum(2).mean(1).sqrt()
+    return lengths if scale is None else lengths / scale
+
+
+def path_penalty(lengths: Tensor, mean: Tensor) -> Tensor:
+    """E[(length - mean)^2]. lengths: (N,); mean: () or (1,), a running mean of them, which is not learnt."""
+    return (lengths - mean).square().mean()

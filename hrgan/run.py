@@ -123,19 +123,20 @@ class Run:
         if self.budget is not None and self.engine.any(expected > self.budget.allowed):
             raise TooDear(expected)
 
-    def next_images(self, reals: Iterator[stream.Batch], phase: Phase) -> Tensor:
-        """This process's next (n, C, H, W) reals as stored; black ones after a failure, so that no other process
-        waits for ever."""
+    def next_images(self, reals: Iterator[stream.Batch], phase: Phase) -> tuple[Tensor, Tensor]:
+        """This process's next (n, C, H, W) reals as stored and their labels; black ones after a failure, so that no
+        other process waits for ever."""
         if self.failure is None:
             try:
                 batch = next(reals)
                 self.note_bad(batch)
-                return batch.images
+                return batch.images, batch.labels
             except DataError as error:
                 self.failure = error
         shape = (self.config.network.channels, *self.dataset.form.size(phase.resolution))
         kind = torch.uint16 if self.config.network.bits == 16 else torch.uint8
-        return torch.zeros(phase.batch // self.engine.world, *shape, dtype=kind)
+        count = phase.batch // self.engine.world
+        return torch.zeros(count, *shape, dtype=kind), torch.zeros(count, dtype=torch.int64)
 
     def note_bad(self, batch: stream.Batch) -> None:
         """Count replaced samples; the first ten of each process are named at once, then one in a thousand."""
@@ -287,10 +288,16 @@ def save_samples(run: Run, phase: Phase, nimg: int) -> None:
     """Generated images from fixed latents on the left, reals of the same resolution on the right. On one process."""
     side = grid_side(phase.resolution, run.config.log.grid)
     z = latents(0, side * side, run.config.network.latent, run.config.seed, "grid").to(run.engine.device)
+    # A row for a class, over again where there are fewer classes than rows.
+    classes = run.config.network.num_classes
+    labels = torch.arange(side * side, device=z.device) // side % classes if classes else None
+    alpha = phase.alpha(nimg)
     with torch.no_grad():
-        fakes = torch.cat(
-            [to_uint8(run.engine.ema(part, None, phase.alpha(nimg))).cpu() for part in torch.split(z, 16)]
-        )
+        parts = [
+            run.engine.ema(z[i : i + 16], None if labels is None else labels[i : i + 16], alpha)
+            for i in range(0, len(z), 16)
+        ]
+    fakes = torch.cat([to_uint8(part).cpu() for part in parts])
     wanted = min(side * side, run.dataset.num_samples)
     stored = stream.read_range(run.dataset, phase.resolution, 0, wanted)
     reals = torch.cat([to_uint8(to_float(batch.images, run.dataset.values)) for batch in stored])

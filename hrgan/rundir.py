@@ -45,6 +45,11 @@ def check_shards(config: Config, dataset: Dataset, schedule: Schedule) -> None:
                 f"network.{name}: {asked}, but {where} holds images of {held}; set --network.{name} "
                 f"{str(held).replace(' ', '')} or build the set with another {words[name]}"
             )
+    if network.condition != "none" and not dataset.classes:
+        raise UserError(
+            f"network.condition: {network.condition}, but {where} has no classes; set --network.condition none, or "
+            "build the set with --labels (hrgan data build --help) or name an attribute with --data.label"
+        )
     if dataset.resolution < network.resolution:
         raise UserError(
             f"network.resolution: {network.resolution}, but {where} was built up to {dataset.resolution}; "
@@ -57,12 +62,17 @@ def check_shards(config: Config, dataset: Dataset, schedule: Schedule) -> None:
 
 
 def with_values(config: Config, dataset: Dataset) -> Config:
-    """The configuration with the range of the set's numbers filled in, so that a run and its checkpoints keep what
-    they were trained with."""
+    """The configuration with the range of the set's numbers and the names of its classes filled in, so that a run and
+    its checkpoints keep what they were trained with."""
     if config.data.values is not None and tuple(config.data.values) != dataset.values:
         low, high = dataset.values
         raise UserError(f"data.values: {config.data.values}, but {dataset.where} has [{low}, {high}]; leave it out")
-    return replace(config, data=replace(config.data, values=list(dataset.values)))
+    classes = list(dataset.classes) if config.network.condition != "none" else None
+    if config.network.classes is not None and config.network.classes != classes:
+        found = f"{len(classes)}: {', '.join(classes[:5])}..." if classes else "none that are asked for"
+        raise UserError(f"network.classes: {config.network.classes}, but {dataset.where} has {found}; leave it out")
+    data = replace(config.data, values=list(dataset.values))
+    return replace(config, data=data, network=replace(config.network, classes=classes))
 
 
 def open_run(folder: Path, config: Config, dataset: Dataset, say: Callable[[str], None]) -> Path | None:

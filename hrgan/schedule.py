@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -165,24 +165,106 @@ def crossed(before: int, after: int, kimg: float) -> bool:
     return unit > 0 and after // unit > before // unit
 
 
-def rows(schedule: Schedule) -> list[dict[str, float | int | bool]]:
-    """The phase table that `hrgan schedule` prints."""
+@dataclass(frozen=True)
+class Rates:
+    """What the ramps make of the configured values at a moment."""
+
+    lr_g: float
+    lr_d: float
+    r1_gamma: float
+    r2_gamma: float
+    beta2: float
+    ema_kimg: float
+    augment: float
+    """Strength where it is not adapted."""
+
+
+def rates(config: Config, phase: Phase, nimg: int) -> Rates:
+    """Pure: the values of the step that begins at `nimg`, in its phase."""
+    optim, ramp = config.optim, config.ramp
+    share = min(1.0, nimg / (ramp.kimg * 1000)) if ramp.kimg else 0.0
+    done = (1 - math.cos(math.pi * share)) / 2
+
+    def between(start: float, end: float | None) -> float:
+        return start if end is None else start + (end - start) * done
+
+    lr, (r1, r2), gamma = between(1.0, ramp.lr), gammas(config, phase.resolution), between(1.0, ramp.gamma)
+    return Rates(
+        lr_g=phase.lr_g * lr,
+        lr_d=phase.lr_d * lr,
+        r1_gamma=r1 * gamma,
+        r2_gamma=r2 * gamma,
+        beta2=between(optim.beta2, ramp.beta2),
+        ema_kimg=between(optim.ema_kimg, ramp.ema_kimg),
+        augment=between(config.augment.strength, ramp.augment),
+    )
+
+
+def gammas(config: Config, resolution: int) -> tuple[float, float]:
+    """Weights of R1 and R2 at a resolution, before a ramp; 0, 0 where the loss takes none."""
+    loss, (rows_, columns) = config.loss, config.network.grid
+    if loss.kind == "wgan-gp":
+        return 0.0, 0.0
+    pixels = rows_ * columns * (resolution // 4) ** 2
+    rule = GAMMA_RULE * pixels / at(config.schedule.batch, resolution)
+    r1 = rule if loss.r1_gamma is None else float(at(loss.r1_gamma, resolution))
+    return r1, r1 if loss.r2_gamma is None else float(at(loss.r2_gamma, resolution))
+
+
+GAMMA_RULE = 0.0002
+"""R1's weight for a pixel and a batch of one, StyleGAN2-ADA's rule of thumb (Karras et al. 2020, arXiv 2006.06676)."""
+
+
+def rows(schedule: Schedule, config: Config) -> list[dict[str, float | int | bool]]:
+    """The phase table that `hrgan schedule` prints; weights of R1 and R2 at a phase's first and last image."""
     keys = ("kimg_from", "kimg_to", "resolution", "fading", "batch", "lr_g", "lr_d", "steps", "resets_adam")
-    return [{key: getattr(phase, key) for key in keys} for phase in schedule.phases]
+    found = []
+    for phase in schedule.phases:
+        first, last = rates(config, phase, phase.nimg_from), rates(config, phase, phase.nimg_to - phase.batch)
+        row: dict[str, float | int | bool] = {key: getattr(phase, key) for key in keys}
+        for name in ("r1_gamma", "r2_gamma"):
+            row |= {name: getattr(first, name), f"{name}_end": getattr(last, name)}
+        found.append(row)
+    return found
 
 
-def table(schedule: Schedule, grid: Sequence[int] = (4, 4)) -> str:
+def table(schedule: Schedule, config: Config) -> str:
     """The same for people."""
-    lines = [f"{'kimg':>17}  {'size':>9}  {'part':6}  {'batch':>5}  {'lr G':>7}  {'lr D':>7}  {'steps':>8}  Adam"]
-    for p in schedule.phases:
-        span = f"{p.kimg_from:g} - {p.kimg_to:g}"
-        lines.append(
-            f"{span:>17}  {size_text(grid, p.resolution):>9}  {'fade' if p.fading else 'stable':6}  {p.batch:>5}  "
-            f"{p.lr_g:>7g}  {p.lr_d:>7g}  {p.steps:>8,}  "
-            f"{'starts anew' if p.resets_adam else 'goes on'}"
+    penalised = config.loss.kind != "wgan-gp"
+    heads = f"{'kimg':>17}  {'size':>9}  {'part':6}  {'batch':>5}  {'lr G':>7}  {'lr D':>7}  {'steps':>8}"
+    lines = [heads + (f"  {'R1':>15}  {'R2':>15}" if penalised else "") + "  Adam"]
+    for p, row in zip(schedule.phases, rows(schedule, config), strict=True):
+        line = (
+            f"{f'{p.kimg_from:g} - {p.kimg_to:g}':>17}  {size_text(config.network.grid, p.resolution):>9}  "
+            f"{'fade' if p.fading else 'stable':6}  {p.batch:>5}  {p.lr_g:>7g}  {p.lr_d:>7g}  {p.steps:>8,}"
         )
+        for name in ("r1_gamma", "r2_gamma") if penalised else ():
+            first, last = row[name], row[f"{name}_end"]
+            line += f"  {f'{first:.4g}' if first == last else f'{first:.4g} - {last:.4g}':>15}"
+        lines.append(f"{line}  {'starts anew' if p.resets_adam else 'goes on'}")
     lines.append(
         f"{sum(p.steps for p in schedule.phases):,} steps, {schedule.nimg_total:,} images, Adam starts "
         f"{sum(p.resets_adam for p in schedule.phases)} times"
     )
+    if penalised and config.loss.r1_gamma is None:
+        lines.append(
+            f"R1 by the rule {GAMMA_RULE:g} x pixels / batch: a gradient's square is a sum over pixels, and a larger "
+            "batch needs less of it; then try loss.r1_gamma 4 times as large, for few images, or a quarter"
+        )
+    if config.ramp.kimg:
+        lines.append(f"ramp: {ramp_text(config)}")
     return "\n".join(lines)
+
+
+def ramp_text(config: Config) -> str:
+    """What changes over the run, for people."""
+    ramp, optim = config.ramp, config.optim
+    parts = [f"{name} x {factor:g}" for name, factor in (("lr", ramp.lr), ("gamma", ramp.gamma)) if factor != 1]
+    for name, start, end in (
+        ("beta2", optim.beta2, ramp.beta2),
+        ("ema_kimg", optim.ema_kimg, ramp.ema_kimg),
+        ("augment.strength", config.augment.strength, ramp.augment),
+    ):
+        if end is not None:
+            parts.append(f"{name} {start:g} to {end:g}")
+    return f"{', '.join(parts) or 'nothing'}, on a cosine up to {ramp.kimg:g} kimg"

@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hrgan import losses
+from hrgan import augment, losses
+from hrgan.adopt import adopted
 from hrgan.checkpoint import Progress
 from hrgan.checks import world_problems
 from hrgan.config import CHUNK, Config, at, refuse
 from hrgan.data import stream
 from hrgan.data.dataset import Dataset, open_dataset
-from hrgan.engine import Engine, State
+from hrgan.engine import Engine, Net, State
 from hrgan.errors import Diverged, HrganError, UserError
 from hrgan.metrics.evaluation import Side, refuse_too_few, side
 from hrgan.metrics.extractor import Extractor, feature_size, make_extractor, other_weights, settle_weights
@@ -28,7 +29,7 @@ from hrgan.metrics.source import reference
 from hrgan.monitor.log import RunLog
 from hrgan.monitor.meter import Meter
 from hrgan.networks import full_precision
-from hrgan.networks.layers import downsample, upsample
+from hrgan.networks.layers import downsample
 from hrgan.noise import draw, local_rows, pixel_noise
 from hrgan.pictures import to_float
 from hrgan.run import (
@@ -43,7 +44,7 @@ from hrgan.run import (
     settle,
 )
 from hrgan.rundir import check_shards, open_run, with_values
-from hrgan.schedule import Phase, make_schedule, what_is_due
+from hrgan.schedule import Phase, Rates, make_schedule, rates, what_is_due
 from hrgan.sizes import size_text
 from hrgan.watch import Watch, beat, patience, stop_time
 
@@ -56,6 +57,8 @@ class Micro:
 
     real: Tensor
     """(n, C, R, R) float32 in [-1, 1], cross-faded like the fakes."""
+    labels: Tensor | None
+    """(n,) int64, of the reals and for the fakes alike, so that both have the same classes; None without classes."""
     z_d: Tensor
     """(n, latent) for D's fakes."""
     z_g: Tensor
@@ -64,73 +67,172 @@ class Micro:
     """(n, 1, 1, 1) in [0, 1) for the penalty's points between real and fake."""
     chunks: list[int]
     """Number in the run of each four images."""
+    twists: dict[str, Tensor]
+    """(n, augment.LENGTH) in [0, 1) for each of TWISTS: how its pictures are augmented; {} without augmentation."""
 
 
-def d_step(engine: Engine, config: Config, phase: Phase, micros: list[Micro], alpha: float, weight: float) -> Tensor:
-    """One update of D. `weight` multiplies the penalty (0 leaves it out). Returns loss, logit_real, logit_fake,
-    penalty, skipped: (5,) float32."""
-    net, sums = engine.discriminator, torch.zeros(4, device=engine.device)
+TWISTS = ("real in d", "fake in d", "real in g", "fake in g")
+
+
+@dataclass(frozen=True)
+class Now:
+    """What a step's place in the run decides."""
+
+    alpha: float
+    """Weight of the new resolution in a fade."""
+    rates: Rates
+    penalty: float
+    """What D's penalty is multiplied by in this step; 0 leaves it out."""
+    path: float
+    """The same of G's path-length penalty."""
+
+
+def moment(config: Config, phase: Phase, nimg: int) -> Now:
+    """Of the step that begins at `nimg`. Lazy penalties come in every so many steps, and count as many times."""
+    values, step, loss = rates(config, phase, nimg), phase.step(nimg), config.loss
+    if loss.kind == "wgan-gp":
+        penalty = float(loss.gp_lambda > 0)
+    else:
+        penalty = float(loss.r1_every) if step % loss.r1_every == 0 and values.r1_gamma + values.r2_gamma > 0 else 0.0
+    path = float(loss.path_every) if step % loss.path_every == 0 and loss.path_weight > 0 else 0.0
+    return Now(phase.alpha(nimg), values, penalty, path)
+
+
+def d_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Tensor:
+    """One update of D. Returns meter.D_VALUES: (8,) float32."""
+    net, sums = engine.discriminator, torch.zeros(6, device=engine.device)
     for micro in micros:
         with torch.no_grad():
-            fake = engine.generator.module(micro.z_d, None, alpha)
+            fake = twisted(engine, config, engine.generator.module(micro.z_d, micro.labels, now.alpha), micro, 1)
+            real = twisted(engine, config, micro.real, micro, 0)
         with engine.micro_step(net, last=micro is micros[-1]):
-            real_logits, fake_logits = net.wrapped(torch.cat([micro.real, fake]), None, alpha).chunk(2)
-            loss = adversarial_d(config, real_logits, fake_logits)
-            penalty = penalise(engine, config, phase, micro, fake, alpha) if weight else torch.zeros_like(loss)
-            engine.backward(net, (loss + weight * penalty) / len(micros))
-        sums += torch.stack([loss + weight * penalty, real_logits.mean(), fake_logits.mean(), penalty]).detach() / len(
-            micros
-        )
-    return torch.cat([sums, engine.update(net, sums[0]).view(1)])
+            real_out, fake_out = judged(net, real, fake, micro.labels, now.alpha)
+            real_logits, fake_logits = real_out[:, :1], fake_out[:, :1]
+            loss = losses.adversarial_d(config.loss.kind, real_logits, fake_logits, config.loss.drift)
+            loss = loss + classified(config, real_out, micro) + classified(config, fake_out, micro)
+            penalty = torch.zeros_like(loss)
+            if now.penalty:
+                penalty = penalise(engine, config, micro, real, fake, now)
+                loss = loss + now.penalty * penalty
+            engine.backward(net, loss / len(micros))
+        of_logits = (real_logits.mean(), fake_logits.mean(), penalty, sign(real_logits), sign(fake_logits))
+        sums += torch.stack([loss, *of_logits]).detach() / len(micros)
+    skipped = engine.update(net, sums[0])
+    return torch.cat([sums, torch.stack([net.adam.norm, skipped])])
 
 
-def g_step(engine: Engine, config: Config, micros: list[Micro], alpha: float) -> Tensor:
-    """One update of G through the frozen D. Returns loss, skipped: (2,) float32."""
-    net, critic, total = (
-        engine.generator,
-        engine.discriminator.module.requires_grad_(False),
-        torch.zeros((), device=engine.device),
-    )
+def g_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Tensor:
+    """One update of G through the frozen D. Returns meter.G_VALUES: (4,) float32."""
+    net, module, sums = engine.generator, engine.discriminator.module, torch.zeros(2, device=engine.device)
+    critic = module.requires_grad_(False)
     for micro in micros:
         with engine.micro_step(net, last=micro is micros[-1]):
-            logits = critic(net.wrapped(micro.z_g, None, alpha), None, alpha)
-            loss = losses.wasserstein_g(logits) if config.loss.kind == "wgan-gp" else losses.logistic_g(logits)
+            fake = net.wrapped(micro.z_g, micro.labels, now.alpha)
+            out = critic(twisted(engine, config, fake, micro, 3), micro.labels, now.alpha)
+            real_logits = None
+            if config.loss.kind == "relativistic":
+                with torch.no_grad():
+                    real = twisted(engine, config, micro.real, micro, 2)
+                    real_logits = critic(real, micro.labels, now.alpha)[:, :1]
+            loss = losses.adversarial_g(config.loss.kind, real_logits, out[:, :1]) + classified(config, out, micro)
+            lengths = torch.zeros_like(loss)
+            if now.path:
+                lengths = path_lengths(engine, config, micro, now.alpha)
+                penalty = losses.path_penalty(lengths, engine.feedback["path_mean"])
+                loss = loss + now.path * config.loss.path_weight * penalty
             engine.backward(net, loss / len(micros))
-        total += loss.detach() / len(micros)
+        sums += torch.stack([loss, lengths.mean()]).detach() / len(micros)
     critic.requires_grad_(True)
-    return torch.stack([total, engine.update(net, total)])
+    skipped = engine.update(net, sums[0])
+    return torch.cat([sums, torch.stack([net.adam.norm, skipped])])
 
 
-def adversarial_d(config: Config, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """The discriminator's loss without its penalty."""
-    if config.loss.kind == "wgan-gp":
-        return losses.wasserstein_d(real_logits, fake_logits, config.loss.drift)
-    return losses.logistic_d(real_logits, fake_logits)
+def judged(net: Net, real: Tensor, fake: Tensor, labels: Tensor | None, alpha: float) -> tuple[Tensor, Tensor]:
+    """What D says of reals and fakes: in one call, where its family allows."""
+    if net.module.apart:
+        return net.wrapped(real, labels, alpha), net.wrapped(fake, labels, alpha)
+    both = None if labels is None else torch.cat([labels, labels])
+    real_out, fake_out = net.wrapped(torch.cat([real, fake]), both, alpha).chunk(2)
+    return real_out, fake_out
 
 
-def penalise(engine: Engine, config: Config, phase: Phase, micro: Micro, fake: Tensor, alpha: float) -> Tensor:
-    """The configured penalty through the bare D (see engine.py)."""
+def sign(logits: Tensor) -> Tensor:
+    """The mean sign, which a number that is none leaves alone."""
+    return logits.sign().nan_to_num().mean()
+
+
+def classified(config: Config, out: Tensor, micro: Micro) -> Tensor:
+    """The auxiliary classifier's loss; 0 without one."""
+    if config.network.condition != "acgan" or micro.labels is None:
+        return out.new_zeros(())
+    return config.loss.class_weight * losses.class_loss(out[:, 1:], micro.labels)
+
+
+def twisted(engine: Engine, config: Config, images: Tensor, micro: Micro, place: int) -> Tensor:
+    """Pictures as D gets them: augmented, as the numbers of TWISTS[place] say."""
+    if not micro.twists:
+        return images
+    strength, numbers = engine.feedback["augment_strength"], micro.twists[TWISTS[place]]
+    return augment.augment(images, numbers, strength, augment.expanded(config.augment.ops))
+
+
+def penalise(engine: Engine, config: Config, micro: Micro, real: Tensor, fake: Tensor, now: Now) -> Tensor:
+    """The configured penalty through the bare D (see engine.py), at the pictures as D got them."""
     module, loss, scale = engine.discriminator.module, config.loss, engine.discriminator.adam.scale
 
     def critic(x: Tensor) -> Tensor:
-        logits: Tensor = module(x, None, alpha)
+        # All of one call stand for all of the labels, as often as they go in.
+        labels = None if micro.labels is None else micro.labels.repeat(len(x) // len(micro.labels))
+        logits: Tensor = module(x, labels, now.alpha)[:, :1]
         return logits
 
     if loss.kind == "wgan-gp":
-        return losses.gradient_penalty(critic, micro.real, fake, micro.mix, loss.gp_lambda, loss.gp_target, scale)
-    gamma = at(loss.r1_gamma, phase.resolution)
-    if loss.penalty == "exact":
-        return losses.r1_penalty(critic, micro.real, gamma, scale)
-    noise = pixel_noise(micro.chunks, micro.real.shape[1:], micro.real.device, config.seed, "penalty")
-    with full_precision(module):
-        return losses.finite_difference_penalty(critic, micro.real, noise, loss.fd_sigma, gamma)
+        return losses.gradient_penalty(critic, real, fake, micro.mix, loss.gp_lambda, loss.gp_target, scale)
+    total = real.new_zeros(())
+    for role, images, gamma in (("penalty", real, now.rates.r1_gamma), ("penalty r2", fake, now.rates.r2_gamma)):
+        if gamma and loss.penalty == "exact":
+            total = total + losses.r1_penalty(critic, images, gamma, scale)
+        elif gamma:
+            noise = pixel_noise(micro.chunks, images.shape[1:], images.device, config.seed, role)
+            with full_precision(module):
+                total = total + losses.finite_difference_penalty(critic, images, noise, loss.fd_sigma, gamma)
+    return total
 
 
-def penalty_weight(config: Config, step: int) -> float:
-    """WGAN-GP: 1 in each step. R1: the interval in every interval-th step, else 0."""
-    if config.loss.kind == "wgan-gp":
-        return 1.0
-    return float(config.loss.r1_every) if step % config.loss.r1_every == 0 else 0.0
+def path_lengths(engine: Engine, config: Config, micro: Micro, alpha: float) -> Tensor:
+    """(n/2,) path lengths of half of the pictures, as in the paper, through the bare G (see engine.py): of two of each
+    chunk, so that it is the same ones however the batch is divided."""
+
+    def half(x: Tensor) -> Tensor:
+        return x.view(-1, CHUNK, *x.shape[1:])[:, : CHUNK // 2].flatten(0, 1)
+
+    module = engine.generator.module
+    z, labels = half(micro.z_g), None if micro.labels is None else half(micro.labels)
+    ws = module.mapped(z, labels)  # type: ignore[operator]  # style has it, and only style has such a penalty
+    images = module.drawn(ws, z, alpha)  # type: ignore[operator]
+    noise = half(pixel_noise(micro.chunks, images.shape[1:], images.device, config.seed, "path"))
+    return losses.path_lengths(images, ws, noise, engine.generator.adam.scale)
+
+
+ADAPT_EVERY = 4
+"""Steps between two adaptations of augmentation (Karras et al. 2020, arXiv 2006.06676)."""
+
+
+def feed_back(engine: Engine, config: Config, phase: Phase, nimg: int, now: Now, d: Tensor, g: Tensor) -> None:
+    """What the step that began at `nimg` changes for the steps after it: augmentation's strength and the mean path
+    length. Both are training state. d, g: what d_step and g_step returned. Nothing is read back to the host."""
+    state, settings = engine.feedback, config.augment
+    if settings.ops and settings.target is not None:
+        state["augment_signs"] += torch.stack([engine.mean(d[4:5])[0], torch.ones_like(d[4])])
+        if nimg // phase.batch % ADAPT_EVERY == ADAPT_EVERY - 1:
+            signs, steps = state["augment_signs"].unbind()
+            strength, images = state["augment_strength"], ADAPT_EVERY * phase.batch
+            changed = (settings.target, images, settings.adapt_kimg, settings.most)
+            strength.copy_(augment.adapted(strength, signs / steps, *changed))
+            state["augment_signs"].zero_()
+    if now.path:
+        mean = torch.lerp(state["path_mean"], engine.mean(g[1:2]), config.loss.path_decay)
+        state["path_mean"].copy_(torch.where(mean.isfinite(), mean, state["path_mean"]))
 
 
 def micro_size(config: Config, resolution: int, local: int) -> int:
@@ -145,27 +247,64 @@ def stored_range(config: Config) -> tuple[int, int]:
     return low, high
 
 
-def prepare_step(engine: Engine, config: Config, phase: Phase, nimg: int, images: Tensor) -> list[Micro]:
-    """This process's reals (as stored, its rows of the global batch) and noise, in micro-batches on the device."""
+def prepare_step(
+    engine: Engine, config: Config, phase: Phase, nimg: int, images: Tensor, labels: Tensor | None = None
+) -> list[Micro]:
+    """This process's reals (as stored, its rows of the global batch), their labels and noise, in micro-batches on the
+    device."""
     rows = local_rows(nimg, phase.batch, engine.rank, engine.world)
+
+    def place(values: Tensor) -> Tensor:
+        # Only from pinned memory does a copy to the GPU not hold the host up.
+        return (values.pin_memory() if engine.device.type == "cuda" else values).to(engine.device, non_blocking=True)
 
     def noise(role: str, *shape: int) -> Tensor:
         sampler = torch.randn if role in ("z_d", "z_g") else torch.rand
-        values = draw(sampler, (phase.batch, *shape), config.seed, role, nimg)[rows]
-        # Only from pinned memory does a copy to the GPU not hold the host up.
-        return (values.pin_memory() if engine.device.type == "cuda" else values).to(engine.device, non_blocking=True)
+        return place(draw(sampler, (phase.batch, *shape), config.seed, role, nimg)[rows])
 
     real = to_float(images.to(engine.device, non_blocking=True), stored_range(config))
     if config.data.mirror:
         real = torch.where(noise("mirror", 1, 1, 1) < 0.5, real.flip(3), real)
     if phase.fading:  # Reals fade as the generator's images do (Karras et al. 2018, appendix A).
-        real = torch.lerp(upsample(downsample(real)), real, phase.alpha(nimg))
+        before: Tensor = engine.ema.enlarged(downsample(real))
+        real = torch.lerp(before, real, phase.alpha(nimg))
     length = config.network.latent
-    inputs = (real, noise("z_d", length), noise("z_g", length), noise("mix", 1, 1, 1))
+    inputs = {"real": real, "z_d": noise("z_d", length), "z_g": noise("z_g", length), "mix": noise("mix", 1, 1, 1)}
+    if config.network.num_classes and labels is not None:
+        inputs["labels"] = place(labels)
+    roles = TWISTS if config.augment.ops else ()
+    inputs |= {role: noise(role, augment.LENGTH) for role in roles}
     size = micro_size(config, phase.resolution, len(rows))
     chunks = torch.split((nimg + rows[::CHUNK]) // CHUNK, size // CHUNK)
-    parts = zip(*(torch.split(tensor, size) for tensor in inputs), chunks, strict=True)
-    return [Micro(real, z_d, z_g, mix, numbers.tolist()) for real, z_d, z_g, mix, numbers in parts]
+    parts = {name: torch.split(tensor, size) for name, tensor in inputs.items()}
+    return [
+        Micro(
+            real=parts["real"][index],
+            labels=parts["labels"][index] if "labels" in parts else None,
+            z_d=parts["z_d"][index],
+            z_g=parts["z_g"][index],
+            mix=parts["mix"][index],
+            chunks=numbers.tolist(),
+            twists={role: parts[role][index] for role in roles},
+        )
+        for index, numbers in enumerate(chunks)
+    ]
+
+
+def one_step(
+    engine: Engine, config: Config, phase: Phase, nimg: int, images: Tensor, labels: Tensor | None = None
+) -> tuple[Now, Tensor, Tensor]:
+    """One update of D, of G and of the EMA, for this process's reals. What decided it, and what it returned."""
+    now = moment(config, phase, nimg)
+    engine.set_rates(now.rates)
+    if config.augment.target is None:
+        engine.feedback["augment_strength"].fill_(now.rates.augment)
+    micros = prepare_step(engine, config, phase, nimg, images, labels)
+    d_values = d_step(engine, config, micros, now)
+    g_values = g_step(engine, config, micros, now)
+    feed_back(engine, config, phase, nimg, now, d_values, g_values)
+    engine.update_ema(now.rates.ema_kimg)
+    return now, d_values, g_values
 
 
 # The run
@@ -182,9 +321,10 @@ def train(config: Config, folder: Path) -> None:
             raise UserError("data.path: empty; name the folder or URL of a set of shards: --data.path SHARDS")
         dataset = open_dataset(config.data)
         check_shards(config, dataset, schedule)
-        config = with_values(config, dataset)
+        config = engine.config = with_values(config, dataset)
         reals = reference(config, dataset, dataset.resolution)
-        refuse_too_few(config.eval, Side("generated ones (eval.num_fake)", config.eval.num_fake), side(reals))
+        made = Side("generated ones (eval.num_fake)", config.eval.num_fake, tuple(config.network.classes or ()))
+        refuse_too_few(config.eval, made, side(reals))
         say = print if engine.rank == 0 else _silent
         with patience("fetching the extractor's weights"):
             settled = engine.on_main(lambda: settle_weights(config.eval, say))
@@ -210,7 +350,10 @@ def train(config: Config, folder: Path) -> None:
                 f"{dataset.num_samples:,} images, "
                 f"{engine.world} x {engine.device.type} ({engine.name}), {config.precision}, {extractor.called('fd')}"
             )
-            run_phases(run, saved.state if saved else None)
+            state = saved.state if saved else None
+            if state is None and config.init_from is not None:
+                state = adopted(config, schedule.phases[0], Path(config.init_from), run.say)
+            run_phases(run, state)
         finally:
             if log is not None:
                 log.close()
@@ -256,14 +399,10 @@ def run_phase(run: Run, phase: Phase, state: State | None) -> State:
         step = schedule.step(nimg)
         beat(f"step {step}, reading data", nimg)
         with meter.waiting():
-            images = run.next_images(reals, phase)
+            images, labels = run.next_images(reals, phase)
         beat(f"step {step}", nimg + 0.5)
-        alpha, weight = phase.alpha(nimg), penalty_weight(config, phase.step(nimg))
-        micros = prepare_step(engine, config, phase, nimg, images)
-        d_values = d_step(engine, config, phase, micros, alpha, weight)
-        g_values = g_step(engine, config, micros, alpha)
-        engine.update_ema()
-        meter.add(phase.batch, d_values, g_values, with_penalty=weight > 0)
+        now, d_values, g_values = one_step(engine, config, phase, nimg, images, labels)
+        meter.add(phase.batch, d_values, g_values, with_penalty=now.penalty > 0, with_path=now.path > 0)
         if unmoved:
             unmoved = check_moved(engine, unmoved, d_values, g_values)
 

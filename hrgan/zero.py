@@ -18,7 +18,7 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
 from hrgan.adam import Adam
-from hrgan.config import Config
+from hrgan.config import Config, resolutions
 from hrgan.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -70,6 +70,17 @@ def _refuse_wrong(config: Config, settings: dict[str, Any]) -> None:
             f"launch: ZeRO-3 cannot train with {what}: the penalty's second backward pass needs weights that ZeRO-3 "
             "has already freed; set --loss.kind logistic --loss.penalty finite_difference, or launch with ZeRO-2, "
             "which divides all but the weights"
+        )
+    if stage == 3 and config.loss.path_weight > 0:
+        raise UserError(
+            "launch: ZeRO-3 cannot train with path lengths, whose second backward pass needs weights that it has "
+            "already freed; set --loss.path_weight 0, or launch with ZeRO-2"
+        )
+    if stage and config.schedule.reset_adam == "never" and len(resolutions(config)) > 1:
+        raise UserError(
+            f"launch: ZeRO-{stage} cannot grow with schedule.reset_adam never: new blocks begin with step counts of "
+            "their own, where its parts of Adam have one for all; set --schedule.reset_adam fade_start, or launch with "
+            "DDP"
         )
     if config.precision == "fp16":
         raise UserError(

@@ -40,6 +40,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 drawn pictures up to 32² with their shapes as classes."""
+    from hrgan.data.build import build
+
+    out = tmp_path_factory.mktemp("sets") / "labelled"
+    build("drawn:96", out, 32, workers=1, seed=0, shard_samples=40, labels="folder")
+    return out
+
+
 @pytest.fixture
 def tiny(tmp_path: Path, shards: Path) -> Path:
     """A configuration file of a run of ten steps."""

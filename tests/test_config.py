@@ -40,7 +40,8 @@ def test_all_problems_are_reported_together(capsys: pytest.CaptureFixture[str], 
     assert lines[0].endswith("8 problems")
     for expected in (
         "optim.lrr: no such field; did you mean optim.lr?",
-        "loss.kind: 'wgan' is none of wgan-gp, logistic; nearest: wgan-gp",
+        "loss.kind: 'wgan' is none of wgan-gp, wasserstein, logistic, least-squares, hinge, relativistic; "
+        "nearest: wgan-gp",
         "network.resolution: 100 is not a power of two from 4 up; nearest: 64 or 128",
         "schedule.batch: 30 is not a multiple of 4 (images that travel together); nearest: 28 or 32",
         "data.workers: 'many' is not a whole number",
@@ -128,7 +129,11 @@ def test_presets_are_valid_and_open_with_what_a_user_asks_first(path: Path, caps
 
 
 def test_the_presets_are_there() -> None:
-    assert {path.stem for path in PRESETS} >= {"progan-1024", "progan-256", "clothing-64", "demo"}
+    assert {path.stem for path in PRESETS} >= {
+        *("demo", "dcgan-64", "progan-256", "progan-1024", "style-256", "style-512", "style-1024"),
+        *("r3-cifar10", "r3-64", "r3-256", "r3-1024"),
+        *("fewshot-256", "medical-gray16-512", "emoji-rgba-128", "clothing-64", "clothing-128"),
+    }
 
 
 def test_every_field_says_what_it_is() -> None:

@@ -445,8 +445,8 @@ def diverging(times: int, config: str, run: str, *words: str) -> int:
 
     original, seen = loop.prepare_step, {"steps": 0}
 
-    def prepare_step(engine: Any, config: Any, phase: Any, nimg: int, images: Any) -> Any:
-        micros = original(engine, config, phase, nimg, images)
+    def prepare_step(engine: Any, config: Any, phase: Any, nimg: int, *batch: Any) -> Any:
+        micros = original(engine, config, phase, nimg, *batch)
         seen["steps"] += nimg == 80
         if nimg in (80, 96) and seen["steps"] <= times:
             micros = [replace(micro, real=micro.real * float("nan")) for micro in micros]

@@ -168,7 +168,7 @@ def test_a_picture_is_generates_of_the_same_latent_also_in_a_fade(
     folder = run / "checkpoints" / str(nimg)
     page = made(folder, tmp_path / "page.html")
     monkeypatch.setattr(generate, "latents", lambda *key: latents(*key[:-1], "judge"))
-    generate.generate(folder, tmp_path / "generated", PAIRS, 0, True)
+    generate.generate(folder, tmp_path / "generated", generate.Wanted(PAIRS))
     files = sorted((tmp_path / "generated").glob("0*.png"))
     assert [np.asarray(Image.open(file)).tobytes() for file in files] == sides_of(page)[1]
 
@@ -517,9 +517,10 @@ class Person:
         return self.driver.execute_script(script, *arguments)
 
     def wait(self, script: str) -> None:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60  # A busy machine draws its frames late.
         while not self.do(f"return {script}"):
-            assert time.monotonic() < end, script
+            state = self.do("return [document.visibilityState, document.body.innerText.slice(0, 200), shownAt, turn]")
+            assert time.monotonic() < end, f"{script}: {state}"
             time.sleep(0.01)
 
     def text(self, name: str) -> str:

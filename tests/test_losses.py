@@ -39,6 +39,75 @@ def test_logistic_losses_and_their_gradients() -> None:
     torch.testing.assert_close(logits.grad, -torch.sigmoid(-logits.detach()) / 8)
 
 
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of reals and fakes, (8, 1) each."""
+    torch.manual_seed(1)
+    return torch.randn(8, 1, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
+
+
+D_GRADIENTS = {  # d loss / d logit times 8, from the papers' formulas
+    "wasserstein": (lambda r, f: -1 + 2 * 0.1 * r, lambda r, f: torch.ones_like(f)),
+    "logistic": (lambda r, f: -torch.sigmoid(-r), lambda r, f: torch.sigmoid(f)),
+    "least-squares": (lambda r, f: r - 1, lambda r, f: f),
+    "hinge": (lambda r, f: -(r < 1).double(), lambda r, f: (f > -1).double()),
+    "relativistic": (lambda r, f: -torch.sigmoid(f - r), lambda r, f: torch.sigmoid(f - r)),
+}
+G_GRADIENTS = {
+    "wasserstein": lambda r, f: -torch.ones_like(f),
+    "logistic": lambda r, f: -torch.sigmoid(-f),
+    "least-squares": lambda r, f: f - 1,
+    "hinge": lambda r, f: -torch.ones_like(f),
+    "relativistic": lambda r, f: -torch.sigmoid(r - f),
+}
+
+
+@pytest.mark.parametrize("kind", D_GRADIENTS)
+def test_each_kind_s_gradients_are_its_formula_s(kind: str) -> None:
+    (real, fake), (of_real, of_fake) = pair(), D_GRADIENTS[kind]
+    real.requires_grad_(True), fake.requires_grad_(True)
+    losses.adversarial_d(kind, real, fake, drift=0.1).backward()
+    torch.testing.assert_close(real.grad, of_real(real, fake).detach() / 8)
+    torch.testing.assert_close(fake.grad, of_fake(real, fake).detach() / 8)
+    logits = fake.detach().requires_grad_(True)
+    losses.adversarial_g(kind, real.detach(), logits).backward()
+    torch.testing.assert_close(logits.grad, G_GRADIENTS[kind](real.detach(), logits.detach()) / 8)
+
+
+@pytest.mark.parametrize("kind", D_GRADIENTS)
+def test_each_kind_is_lower_where_its_network_is_better(kind: str) -> None:
+    good, bad = torch.full((4, 1), 2.0), torch.full((4, 1), -2.0)
+    assert losses.adversarial_d(kind, good, bad, 0.0) < losses.adversarial_d(kind, bad, good, 0.0)
+    # The least-squares G wants D(fake) = 1.
+    assert losses.adversarial_g(kind, bad, good) < losses.adversarial_g(kind, good, bad)
+
+
+def test_class_loss_is_the_cross_entropy() -> None:
+    scores = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 0.5]], dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([2, 0])
+    loss = losses.class_loss(scores, labels)
+    chance = scores.detach().softmax(1)
+    torch.testing.assert_close(loss, -(chance[0, 2].log() + chance[1, 0].log()) / 2)
+    loss.backward()
+    torch.testing.assert_close(scores.grad, (chance - torch.nn.functional.one_hot(labels, 3)) / 2)
+
+
+def test_path_lengths_of_a_linear_generator() -> None:
+    """G(w) = A w: J is A, whatever w."""
+    matrix = torch.randn(3 * 4 * 4, 5, dtype=torch.float64)
+    weight = matrix.clone().requires_grad_(True)
+    ws = torch.randn(6, 2, 5, dtype=torch.float64, requires_grad=True)
+    images = (ws.sum(1) @ weight.t()).view(6, 3, 4, 4)
+    noise = torch.randn(6, 3, 4, 4, dtype=torch.float64)
+    lengths = losses.path_lengths(images, ws, noise)
+    expected = (noise.flatten(1) @ matrix / 4).norm(dim=1)  # y is divided by sqrt(H W); both layers have the same.
+    torch.testing.assert_close(lengths, expected)
+    losses.path_penalty(lengths, torch.tensor(1.0, dtype=torch.float64)).backward()
+    y = noise.flatten(1) / 4
+    reached = y @ matrix
+    slope = 2 * (expected - 1) / 6 / expected
+    torch.testing.assert_close(weight.grad, torch.einsum("n,ni,nj->ij", slope, y, reached))
+
+
 def test_gradient_penalty_of_a_linear_critic() -> None:
     weight = W.clone().requires_grad_(True)
     mix = torch.rand(8, 1, 1, 1, dtype=torch.float64)

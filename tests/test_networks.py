@@ -8,7 +8,8 @@ import torch
 from hrgan.config import Config, NetworkConfig
 from hrgan.networks import layers as L
 from hrgan.networks import make_discriminator, make_generator
-from hrgan.networks.progan import Discriminator, Generator, sizes, width
+from hrgan.networks.layers import sizes, width
+from hrgan.networks.progan import Discriminator, Generator
 
 SMALL = Config(network=NetworkConfig(resolution=32, latent=8, widths=[8, 8, 6, 4]))
 

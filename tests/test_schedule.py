@@ -6,8 +6,19 @@ import json
 
 import pytest
 
-from hrgan.config import CheckpointConfig, Config, EvalConfig, LogConfig, NetworkConfig, ScheduleConfig
-from hrgan.schedule import make_schedule, rows, what_is_due
+from hrgan.config import (
+    AugmentConfig,
+    CheckpointConfig,
+    Config,
+    EvalConfig,
+    LogConfig,
+    LossConfig,
+    NetworkConfig,
+    OptimConfig,
+    RampConfig,
+    ScheduleConfig,
+)
+from hrgan.schedule import gammas, make_schedule, rates, table, what_is_due
 from tests.conftest import cli
 
 PAPER = {  # resolution: (fade-in kimg, stable kimg, steps of both, batch, learning rate)
@@ -36,6 +47,10 @@ def test_the_1024_preset_prints_the_paper_s_tables(capsys: pytest.CaptureFixture
         "lr_d",
         "steps",
         "resets_adam",
+        "r1_gamma",
+        "r1_gamma_end",
+        "r2_gamma",
+        "r2_gamma_end",
     ]
     for resolution, (fade, stable, steps, batch, lr) in PAPER.items():
         mine = [row for row in table if row["resolution"] == resolution]
@@ -105,7 +120,7 @@ def test_other_policies() -> None:
     assert sum(p.resets_adam for p in once.phases) == 9
     cut = make_schedule(Config(schedule=ScheduleConfig(fade_kimg=0)))
     assert not any(p.fading for p in cut.phases)
-    assert len(rows(cut)) == 9
+    assert len(cut.phases) == 9
 
 
 def test_what_is_due_after_each_step_of_a_small_run() -> None:
@@ -128,3 +143,49 @@ def test_what_is_due_after_each_step_of_a_small_run() -> None:
     assert found["samples"] == [3000, 4000]
     assert found["finish"] == [4000]
     assert found["tick"] == sorted({*range(500, 4001, 500), *found["save"]})
+
+
+RAMPED = Config(
+    network=NetworkConfig(resolution=8),
+    loss=LossConfig(kind="relativistic", r1_gamma={4: 1.0, 8: 4.0}, r2_gamma=None),
+    augment=AugmentConfig(ops=["ada"]),
+    optim=OptimConfig(lr=0.002, lr_d=0.004, beta2=0.9, ema_kimg=0.0),
+    ramp=RampConfig(kimg=100, lr=0.25, gamma=0.1, beta2=0.99, ema_kimg=500.0, augment=0.3),
+    schedule=ScheduleConfig(total_kimg=150, stable_kimg=10, fade_kimg=10, batch=16),
+)
+"""R3GAN's schedules (Huang et al. 2024)."""
+
+
+def test_ramps_are_cosines_from_the_configured_values_to_the_ramp_s_and_flat_after() -> None:
+    phase = make_schedule(RAMPED).phases[-1]
+    start, middle, end, after = (rates(RAMPED, phase, nimg) for nimg in (0, 50_000, 100_000, 140_000))
+    assert (start.lr_g, start.lr_d, start.r1_gamma, start.beta2, start.ema_kimg, start.augment) == (
+        0.002, 0.004, 4.0, 0.9, 0.0, 0.0,
+    )  # fmt: skip
+    ends = (end.lr_g, end.lr_d, end.r1_gamma, end.r2_gamma, end.beta2, end.ema_kimg, end.augment)
+    assert ends == pytest.approx((0.0005, 0.001, 0.4, 0.4, 0.99, 500.0, 0.3))
+    assert after == end
+    assert (middle.lr_g, middle.beta2) == pytest.approx(((0.002 + 0.0005) / 2, (0.9 + 0.99) / 2))
+    quarter = rates(RAMPED, phase, 25_000)
+    assert quarter.augment == pytest.approx(0.3 * (1 - 0.5**0.5) / 2)  # cos(pi/4) = sqrt(1/2)
+
+
+def test_gamma_follows_the_resolution_or_the_rule() -> None:
+    assert gammas(RAMPED, 4) == (1.0, 1.0)
+    assert gammas(RAMPED, 8) == (4.0, 4.0)
+    ruled = Config(loss=LossConfig(kind="logistic", r1_gamma=None), schedule=ScheduleConfig(batch={4: 64, 64: 16}))
+    # 0.0002 x pixels / batch, SG2-ADA's rule; R2 is off by default.
+    assert gammas(ruled, 64) == pytest.approx((0.0002 * 64 * 64 / 16, 0.0))
+    assert gammas(ruled, 8) == pytest.approx((0.0002 * 8 * 8 / 64, 0.0))
+    assert gammas(Config(), 64) == (0.0, 0.0)  # WGAN-GP has its own.
+
+
+def test_the_table_shows_gamma_its_rule_with_the_reason_and_the_ramp() -> None:
+    ruled = Config(loss=LossConfig(kind="logistic", r1_gamma=None), network=NetworkConfig(resolution=8))
+    text = table(make_schedule(ruled), ruled)
+    assert "R1 by the rule 0.0002 x pixels / batch: a gradient's square is a sum over pixels" in text
+    text = table(make_schedule(RAMPED), RAMPED)
+    assert "by the rule" not in text
+    assert "ramp: lr x 0.25, gamma x 0.1, beta2 0.9 to 0.99, ema_kimg 0 to 500" in text
+    assert "4 - 0.4" not in text.splitlines()[1]
+    assert "R1" not in table(make_schedule(Config()), Config())

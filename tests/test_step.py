@@ -10,14 +10,23 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hrgan.config import Config, DataConfig, LossConfig, NetworkConfig, OptimConfig, ScheduleConfig
-from hrgan.engine import Engine, d_correction
+from hrgan.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    LossConfig,
+    NetworkConfig,
+    OptimConfig,
+    RampConfig,
+    ScheduleConfig,
+)
+from hrgan.engine import Engine, corrections
 from hrgan.monitor.meter import Meter
 from hrgan.networks.layers import downsample, upsample
 from hrgan.noise import local_rows
 from hrgan.pictures import to_float
-from hrgan.schedule import make_schedule
-from hrgan.train import d_step, g_step, micro_size, penalty_weight, prepare_step
+from hrgan.schedule import make_schedule, rates
+from hrgan.train import micro_size, moment, one_step, prepare_step
 
 SMALL = Config(
     network=NetworkConfig(resolution=8, latent=8, widths=[8, 8]),
@@ -32,16 +41,14 @@ def stepper(config: Config) -> Callable[[int], Engine]:
     assert phase.fading
     engine.enter(phase, None)
     meter = Meter(engine.device)
-    images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+    size = phase.resolution
+    images, labels = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8), torch.arange(16) % 2
     if engine.device.type == "cuda":
         images = images.pin_memory()
 
     def step(nimg: int) -> Engine:
-        weight = penalty_weight(config, phase.step(nimg))
-        micros = prepare_step(engine, config, phase, nimg, images)
-        d_values = d_step(engine, config, phase, micros, phase.alpha(nimg), weight)
-        meter.add(phase.batch, d_values, g_step(engine, config, micros, phase.alpha(nimg)), with_penalty=weight > 0)
-        engine.update_ema()
+        now, d_values, g_values = one_step(engine, config, phase, nimg, images, labels)
+        meter.add(phase.batch, d_values, g_values, with_penalty=now.penalty > 0, with_path=now.path > 0)
         return engine
 
     return step
@@ -62,13 +69,42 @@ class CountReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", ["wgan-gp", "logistic"])
-def test_a_step_reads_nothing_back_to_the_host(kind: Any) -> None:
-    step = stepper(replace(SMALL, loss=LossConfig(kind=kind, r1_every=2)))
+ADAPTED = AugmentConfig(ops=["ada", "diffaugment"], strength=0.5, target=0.6)
+STEPS = {
+    "wgan-gp": SMALL,
+    "logistic": replace(SMALL, loss=LossConfig(kind="logistic", r1_every=2)),
+    "style": replace(
+        SMALL,
+        network=replace(SMALL.network, family="style", mapping_layers=2, condition="projection", classes=["a", "b"]),
+        loss=LossConfig(kind="logistic", r1_every=2, path_weight=2.0, path_every=2),
+        augment=ADAPTED,
+    ),
+    "r3": replace(
+        SMALL,
+        network=replace(SMALL.network, family="r3", group_size=4),
+        loss=LossConfig(kind="relativistic", r2_gamma=None, r1_every=1),
+        ramp=RampConfig(kimg=1.0, lr=0.5, gamma=0.1, beta2=0.9, ema_kimg=1.0),
+    ),
+    "finite difference": replace(
+        SMALL, loss=LossConfig(kind="hinge", r2_gamma=1.0, r1_every=2, penalty="finite_difference")
+    ),
+    "dcgan": replace(
+        SMALL,
+        network=replace(SMALL.network, resolution=16, widths=[8, 8, 8], family="dcgan"),
+        loss=LossConfig(kind="logistic", r1_gamma=0.0),
+        schedule=replace(SMALL.schedule, start_resolution=8, micro_batch=None),
+    ),
+}
+"""All that a step may do, family by family."""
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_reads_nothing_back_to_the_host(name: str) -> None:
+    step = stepper(STEPS[name])
     step(112)
     with CountReads() as counter:
-        step(128)
-        step(144)
+        for nimg in (128, 144, 160, 176):
+            step(nimg)
     assert counter.reads == []
     with CountReads() as counter:  # It would have seen these.
         torch.ones(1).item()
@@ -77,16 +113,16 @@ def test_a_step_reads_nothing_back_to_the_host(kind: Any) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA's own count of synchronisations needs a CUDA GPU")
-@pytest.mark.parametrize("kind", ["wgan-gp", "logistic"])
-def test_cuda_counts_no_synchronisation_in_a_step(kind: Any) -> None:
-    step = stepper(replace(SMALL, loss=LossConfig(kind=kind, r1_every=2)))
+@pytest.mark.parametrize("name", STEPS)
+def test_cuda_counts_no_synchronisation_in_a_step(name: str) -> None:
+    step = stepper(STEPS[name])
     step(112)
     step(128)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(144)
-        step(160)
+        for nimg in (144, 160, 176, 192):
+            step(nimg)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -95,23 +131,41 @@ def test_lazy_regularisation_corrects_d_s_adam() -> None:
     config = replace(
         SMALL, loss=LossConfig(kind="logistic", r1_every=16), optim=OptimConfig(lr=0.01, beta1=0.5, beta2=0.99)
     )
-    assert d_correction(config) == 16 / 17
+    now = rates(config, make_schedule(config).phases[1], 112)
+    assert corrections(config, now) == (1.0, 16 / 17)
+    assert corrections(config, replace(now, r1_gamma=0.0)) == (1.0, 1.0)  # As DCGAN's, which has no penalty.
     engine = stepper(config)(112)
     group = engine.discriminator.adam.param_groups[0]
     assert group["lr"] == 0.01 * 16 / 17
     assert group["betas"] == (0.5 ** (16 / 17), 0.99 ** (16 / 17))
     assert engine.generator.adam.param_groups[0]["lr"] == 0.01
-    assert [penalty_weight(config, n) for n in (0, 1, 15, 16)] == [16, 0, 0, 16]
+    long = replace(config, schedule=replace(config.schedule, fade_kimg=1, total_kimg=3))
+    phase = make_schedule(long).phases[1]
+    penalties = [moment(long, phase, phase.nimg_from + 16 * n).penalty for n in (0, 1, 15, 16)]
+    assert penalties == [16, 0, 0, 16]
+
+
+def test_path_lengths_are_of_the_same_pictures_however_a_batch_is_divided() -> None:
+    weights = []
+    for size in (16, 8, 4):
+        config = replace(STEPS["style"], schedule=replace(SMALL.schedule, micro_batch=size))
+        torch.manual_seed(0)
+        step = stepper(config)
+        for nimg in (112, 128, 144):
+            engine = step(nimg)
+        weights.append(torch.cat([p.detach().flatten() for p in engine.generator.module.parameters()]))
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0], atol=2e-5, rtol=2e-5)
 
 
 def test_the_moving_average_has_the_half_life_it_names() -> None:
-    engine = stepper(replace(SMALL, optim=OptimConfig(ema_kimg=0.032)))(112)
+    engine = stepper(SMALL)(112)
     with torch.no_grad():
         for average, weight in zip(engine.ema.parameters(), engine.generator.module.parameters(), strict=True):
             average.fill_(0)
             weight.fill_(1)
-    engine.update_ema()
-    engine.update_ema()  # 2 x 16 images: one half-life
+    engine.update_ema(0.032)
+    engine.update_ema(0.032)  # 2 x 16 images: one half-life
     for average in engine.ema.parameters():
         torch.testing.assert_close(average, torch.full_like(average, 0.5))
 

@@ -115,7 +115,7 @@ def test_a_run_killed_anywhere_resumes_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    "writes", [0, 3, 6, 7, 17], ids=["first file", "Adam", "manifest", "latest", "third checkpoint"]
+    "writes", [0, 3, 7, 8, 19], ids=["first file", "Adam", "manifest", "latest", "third checkpoint"]
 )
 def test_a_run_killed_during_a_save_resumes_bit_for_bit(
     writes: int, reference: tuple[Path, Path], tmp_path: Path, children: Children
@@ -128,6 +128,49 @@ def test_a_run_killed_during_a_save_resumes_bit_for_bit(
     assert code == 0, output
     assert_same_bits(run, expected)
     assert not list(run.glob("checkpoints/.writing-*"))
+
+
+FAMILIES = {
+    "style": (
+        *("--network.family", "style", "--network.mapping_layers", "2", "--network.condition", "projection"),
+        *("--loss.kind", "logistic", "--loss.path_weight", "2", "--loss.path_every", "2", "--loss.r1_every", "2"),
+        *("--augment.ops", "[ada]", "--augment.target", "-1", "--augment.strength", "0.3"),
+    ),
+    "r3": (
+        *("--network.family", "r3", "--loss.kind", "relativistic", "--loss.r2_gamma", "1", "--loss.r1_every", "1"),
+        *("--augment.ops", "[diffaugment]", "--augment.strength", "1", "--ramp.kimg", "0.1", "--ramp.lr", "0.2"),
+        *("--ramp.beta2", "0.9", "--ramp.ema_kimg", "1", "--ramp.gamma", "0.1", "--ramp.augment", "0.3"),
+    ),
+    "progan": ("--network.condition", "acgan"),
+    "dcgan": (
+        *("--network.family", "dcgan", "--schedule.start_resolution", "8", "--loss.kind", "logistic"),
+        *("--loss.r1_gamma", "0", "--optim.ema_kimg", "0.1"),
+    ),
+}
+"""With all that a step carries over to the next one."""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_killed_twice_resumes_bit_for_bit(
+    family: str, tmp_path: Path, tiny: Path, labelled: Path, children: Children
+) -> None:
+    words = ("--data.path", str(labelled), *FAMILIES[family])
+    code, output = children.run(tmp_path / "log", train, str(tiny), str(tmp_path / "expected"), *words)
+    assert code == 0, output
+    for step in (4, 3):  # The eighth step of the run in the end.
+        code, output = children.run(
+            tmp_path / "log", killed_before_step, step, str(tiny), str(tmp_path / "run"), *words
+        )
+        assert code == -signal.SIGKILL, output
+    code, output = children.run(tmp_path / "log", train, str(tiny), str(tmp_path / "run"), *words)
+    assert code == 0, output
+    assert_same_bits(tmp_path / "run", tmp_path / "expected")
+    fed_back = {name: t for name, t in final_tensors(tmp_path / "run").items() if name.startswith("feedback/")}
+    assert len(fed_back) == 3
+    if family == "style":
+        assert fed_back["feedback/path_mean"] > 0
+        # Twice up: every mean sign is above -1.
+        assert fed_back["feedback/augment_strength"].item() == pytest.approx(0.3 + 2 * 4 * 16 / 500_000, abs=1e-6)
 
 
 def test_a_run_killed_again_and_again_with_lazy_r1_and_loader_processes(

@@ -29,7 +29,7 @@ from hrgan.errors import DataError
 from hrgan.run import LOOK_SECONDS
 from hrgan.schedule import Phase, make_schedule
 from hrgan.sizes import size_at
-from hrgan.train import d_step, g_step, open_reals, penalise, penalty_weight, prepare_step
+from hrgan.train import Now, d_step, g_step, moment, one_step, open_reals, prepare_step
 from hrgan.watch import Watch
 
 Row = dict[str, Any]
@@ -91,56 +91,67 @@ def bench_peer(data: DataConfig, seconds: float) -> list[Row]:
     return rows
 
 
-def _reals(engine: Engine, config: Config, phase: Phase) -> tuple[Iterator[Tensor], str]:
-    """Endless local batches of uint8 images, and where they come from."""
+def lazily(config: Config) -> tuple[int, int]:
+    """Steps of D and of G for one penalty."""
+    return (1 if config.loss.kind == "wgan-gp" else config.loss.r1_every), config.loss.path_every
+
+
+def _reals(engine: Engine, config: Config, phase: Phase) -> tuple[Iterator[tuple[Tensor, Tensor]], str]:
+    """Endless local batches of uint8 images with their labels, and where they come from."""
     try:
         dataset = open_dataset(config.data) if config.data.path else None
     except DataError:  # The presets name sets that need not have been built.
         dataset = None
     if dataset is not None:
         batches = open_reals(config, engine, dataset, phase, 0)
-        return (batch.images for batch in batches), "loader"
+        return ((batch.images, batch.labels) for batch in batches), "loader"
     size = size_at(config.network.grid, phase.resolution)
     shape = (phase.batch // engine.world, config.network.channels, *size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
-    return repeat(images), "memory"
+    return repeat((images, torch.arange(len(images)) % max(1, config.network.num_classes))), "memory"
 
 
 def _measure(engine: Engine, config: Config, phase: Phase, seconds: float) -> Row:
     reals, source = _reals(engine, config, phase)
-    micros = prepare_step(engine, config, phase, 0, next(reals))
+    micros = prepare_step(engine, config, phase, 0, *next(reals))
     numbers = count()
     data = {"seconds": 0.0, "steps": 0}
 
-    def whole() -> None:
+    def whole(settings: Config = config) -> None:
         step = next(numbers)
         began = time.perf_counter()
-        inputs = prepare_step(engine, config, phase, phase.batch * step, next(reals))
+        images, labels = next(reals)
         data["seconds"] += time.perf_counter() - began
         data["steps"] += 1
-        d_step(engine, config, phase, inputs, 1.0, penalty_weight(config, step))
-        g_step(engine, config, inputs, 1.0)
-        engine.update_ema()
+        one_step(engine, settings, phase, phase.nimg_from + phase.batch * step, images, labels)
 
-    def penalty_alone() -> None:
-        for micro in micros:
-            engine.backward(engine.discriminator, penalise(engine, config, phase, micro, micro.real.flip(0), 1.0))
-        engine.discriminator.adam.zero_grad(set_to_none=True)
+    def penalised(now: Now) -> tuple[float, float]:
+        """Seconds of D's and G's step with the penalties of `now`."""
+        return (
+            _seconds_of(lambda: d_step(engine, config, micros, now), engine, seconds / 8),
+            _seconds_of(lambda: g_step(engine, config, micros, now), engine, seconds / 8),
+        )
 
-    step = _seconds_of(whole, engine, seconds)
+    loss = replace(config.loss, gp_lambda=0.0, r1_gamma=0.0, r2_gamma=0.0, path_weight=0.0)
+    without = replace(config, loss=loss)
+    step, plain_step = _seconds_of(whole, engine, seconds), _seconds_of(lambda: whole(without), engine, seconds)
+    first = replace(moment(config, phase, phase.nimg_from), alpha=1.0)
+    plain_d, plain_g = penalised(replace(first, penalty=0.0, path=0.0))
+    with_d, with_g = penalised(first)
+    d_every, g_every = lazily(config)
     each = {
-        "d": _seconds_of(lambda: d_step(engine, config, phase, micros, 1.0, 0.0), engine, seconds / 4),
-        "g": _seconds_of(lambda: g_step(engine, config, micros, 1.0), engine, seconds / 4),
+        "d": plain_d,
+        "g": plain_g,
         # A lazy penalty costs its share of the steps.
-        "penalty": _seconds_of(penalty_alone, engine, seconds / 4)
-        / (1 if config.loss.kind == "wgan-gp" else config.loss.r1_every),
-        "ema": _seconds_of(engine.update_ema, engine, seconds / 16),
+        "penalty": max(0.0, with_d - plain_d) / d_every + max(0.0, with_g - plain_g) / g_every,
+        "ema": _seconds_of(lambda: engine.update_ema(first.rates.ema_kimg), engine, seconds / 16),
         # As the step met it: the loader works beside the networks, so only the wait for it counts.
         "data": data["seconds"] / data["steps"],
     }
     return {
         "img_per_sec": phase.batch / step,
         "step_ms": step * 1000,
+        "penalty_cost": step / plain_step,
         "share": {name: value / step for name, value in each.items()},
         "reals": source,
     }
@@ -187,6 +198,7 @@ def print_table(rows: list[Row]) -> None:
         "penalty",
         "EMA",
         "data",
+        "x no penalty",
         "reals",
         "x peer",
         *(("save s", "look ms", "both") if overhead else ()),
@@ -199,7 +211,8 @@ def print_table(rows: list[Row]) -> None:
         ends = []
         if overhead:
             ends = [f"{row['save_seconds']:.3f}", f"{row['look_seconds'] * 1000:.3f}", f"{row['overhead']:.3%}"]
-        table.add_row(f"{row['resolution']}²", row["precision"], *speed, *shares, row["reals"], ratio, *ends)
+        cells = [*speed, *shares, f"{row['penalty_cost']:.2f}", row["reals"], ratio, *ends]
+        table.add_row(f"{row['resolution']}²", row["precision"], *cells)
     Console(width=140).print(table)
     if overhead:
         worst = max(row["overhead"] for row in rows)

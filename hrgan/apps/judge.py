@@ -29,6 +29,7 @@ from hrgan.config import Config
 from hrgan.data.dataset import Dataset, open_dataset
 from hrgan.data.stream import read_range
 from hrgan.errors import DataError, UserError
+from hrgan.metrics.source import draw_labels
 from hrgan.networks.layers import keyed_seed
 from hrgan.noise import draw, latents
 from hrgan.page import write_page
@@ -62,7 +63,7 @@ def judge(target: Path, out: Path | None, pairs: int, seed: int, data: str | Non
     reals = [_encoded(picture) for picture in islice(_reals(dataset, level, seed), pairs)]
     if len(reals) < pairs:
         raise DataError(f"{dataset.where}: only {len(reals)} pictures can be read; --pairs {len(reals)} at most")
-    fakes = [_encoded(picture) for picture in islice(_fakes(network, alpha, config, seed, folder), pairs)]
+    fakes = [_encoded(picture) for picture in islice(_fakes(network, alpha, config, seed, folder, dataset), pairs)]
     second = (draw(torch.rand, (pairs,), seed, "judge", "order") < 0.5).tolist()  # Whether the real one is.
     pictures = [(fake, real) if later else (real, fake) for real, fake, later in zip(reals, fakes, second, strict=True)]
     page = page_of(about, pictures, second)
@@ -150,11 +151,20 @@ def _reals(dataset: Dataset, level: int, seed: int) -> Iterator[Tensor]:
             yield from to_rgb(to_uint8(to_float(batch.images, dataset.values)))
 
 
-def _fakes(network: nn.Module, alpha: float, config: Config, seed: int, folder: Path) -> Iterator[Tensor]:
-    """(3, H, W) uint8, as people see them; picture i depends on (checkpoint, seed, i) alone."""
+def _fakes(
+    network: nn.Module, alpha: float, config: Config, seed: int, folder: Path, dataset: Dataset
+) -> Iterator[Tensor]:
+    """(3, H, W) uint8, as people see them, of classes as often as the set has them; picture i depends on (checkpoint,
+    set, seed, i) alone."""
     device, first = next(network.parameters()).device, 0
+    classes = config.network.classes or [] if config.network.num_classes else []
+    shares = [dataset.class_shares.get(name, 0.0) for name in classes]
+    if not any(shares):  # The set has other classes than the generator.
+        shares = [1.0] * len(classes)
     while True:
-        made = network(latents(first, first + GROUP, config.network.latent, seed, "judge").to(device), None, alpha)
+        z = latents(first, first + GROUP, config.network.latent, seed, "judge").to(device)
+        labels = draw_labels(shares, first, first + GROUP, seed).to(device) if classes else None
+        made = network(z, labels, alpha)
         if not bool(made.isfinite().all()):
             raise UserError(f"{folder}: the pictures of its generator hold non-finite numbers; name another checkpoint")
         yield from to_rgb(to_uint8(made)).cpu()

@@ -58,7 +58,7 @@ def draw(index: int, seed: int, size: int) -> Image.Image:
     side = size * scale
     mask = Image.new("L", (side, side), 0)
     centre = (what.place[0] * side, what.place[1] * side)
-    _DRAWERS[what.shape](ImageDraw.Draw(mask), centre, what.size * side)
+    DRAWERS[what.shape](ImageDraw.Draw(mask), centre, what.size * side)
     picture = Image.new("RGB", (size, size), BACKGROUND)
     picture.paste(COLOURS[what.colour], (0, 0), mask.reduce(scale))
     return picture
@@ -101,7 +101,7 @@ def _star(pen: ImageDraw.ImageDraw, centre: Point, radius: float) -> None:
     pen.polygon(_corners(centre, [radius, radius * 0.42] * 5), fill=255)
 
 
-_DRAWERS: dict[str, Callable[[ImageDraw.ImageDraw, Point, float], None]] = {
+DRAWERS: dict[str, Callable[[ImageDraw.ImageDraw, Point, float], None]] = {
     "cross": _cross,
     "disc": _disc,
     "ring": _ring,

@@ -26,13 +26,15 @@ from torch_fidelity.registry import register_feature_extractor
 from torch_fidelity.sample_similarity_lpips import URL_VGG16_LPIPS
 from torch_fidelity.utils import create_feature_extractor
 
-from hrgan.config import CLIP, DINOV2, EvalConfig
+from hrgan.config import CLIP, DINOV2, RANDOM_EXTRACTORS, EvalConfig
 from hrgan.errors import UserError, one_line
 from hrgan.networks.layers import keyed_seed
 from hrgan.pictures import to_rgb
 
 INCEPTION = "inception-v3-compat"
 RANDOM = "random-conv-64"
+RANDOMS = {name: name.replace("random", RANDOM) for name in RANDOM_EXTRACTORS}
+"""eval.extractor -> torch-fidelity's name of it."""
 LPIPS = "lpips-vgg16"
 URL_VGG16: str = torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
 
@@ -42,7 +44,7 @@ class RandomConv(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity 
 
     (N, 3, H, W) uint8 -> (N, 512): resized to 64 x 64 (bilinear, antialiased), four 3x3 convolutions with leaky ReLU
     and 2x2 means between them down to 4 x 4 pixels, then a random projection of the 4096 values. He-initialised from
-    a fixed seed.
+    a seed that its name decides.
     """
 
     def __init__(self, name: str, features_list: list[str], **kwargs: object) -> None:
@@ -56,7 +58,7 @@ class RandomConv(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity 
         }
         for key, shape in shapes.items():
             gain = 1.0 if key == "out" else math.sqrt(2 / (1 + 0.2**2))
-            generator = torch.Generator().manual_seed(keyed_seed(RANDOM, key))
+            generator = torch.Generator().manual_seed(keyed_seed(name, key))
             weight = torch.randn(shape, generator=generator) * gain / math.sqrt(math.prod(shape[1:]))
             self.register_parameter(key, nn.Parameter(weight, requires_grad=False))
 
@@ -81,7 +83,8 @@ class RandomConv(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity 
         return (F.linear(x.flatten(1), self.out),)
 
 
-register_feature_extractor(RANDOM, RandomConv)
+for _name in RANDOMS.values():
+    register_feature_extractor(_name, RandomConv)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class Extractor:
     @property
     def short(self) -> str:
         """Its name within a metric's."""
-        name = {INCEPTION: "inception", RANDOM: "random"}.get(self.name, self.name)
+        name = "inception" if self.name == INCEPTION else self.name.replace(RANDOM, "random")
         name = Path(name).stem if name.endswith(SCRIPTS) else name.rsplit(":", 1)[-1]
         return re.sub(r"\W+", "_", name).lower()
 
@@ -159,13 +162,13 @@ def settle_weights(config: EvalConfig, say: Callable[[str], None]) -> Settled:
     first evaluation.
     """
     lpips = False
-    if "ppl" in config.metrics and config.extractor != "random":
+    if "ppl" in config.metrics and config.extractor not in RANDOMS:
         for url in (URL_VGG16, URL_VGG16_LPIPS):
             fetched(url, hub_file(url.rsplit("/", 1)[-1]), "eval.metrics: ppl needs LPIPS's weights", say)
         lpips = True
     name, given = config.extractor, Path(config.weights) if config.weights is not None else None
-    if name == "random":
-        return Settled(RANDOM, None, lpips)
+    if name in RANDOMS:
+        return Settled(RANDOMS[name], None, lpips)
     if ":" in name or name.endswith(SCRIPTS):
         return Settled(name, given if ":" in name else Path(name), lpips)
     if name in DINOV2:
@@ -255,7 +258,7 @@ def _dino_weights(name: str, given: Path | None) -> Path:
 def make_extractor(settled: Settled, device: torch.device) -> Extractor:
     """The network that `settle_weights` named, tried on a picture. UserError for one that does not fit."""
     name, cuda = settled.name, device.type == "cuda"
-    if name == RANDOM:
+    if name in RANDOMS.values():
         return _tried(name, create_feature_extractor(name, ["512"], cuda=cuda, verbose=False), None, device)
     if ":" in name:
         return _tried(name, _from_class(name, settled.weights), settled.weights, device)
@@ -315,7 +318,7 @@ def other_weights(extractor: Extractor, first: str) -> str | None:
 
 def _tried(name: str, network: nn.Module, weights: Path | None, device: torch.device) -> Extractor:
     """The extractor, after a look at what it makes of two pictures."""
-    resize = {INCEPTION: "tf1-bilinear-299", RANDOM: "bilinear-antialias-64"}.get(name)
+    resize = {INCEPTION: "tf1-bilinear-299", **dict.fromkeys(RANDOMS.values(), "bilinear-antialias-64")}.get(name)
     if resize is None:
         own = ":" in name or name.endswith(SCRIPTS)
         resize = "the extractor's own" if own else f"tf1-bilinear-{network.resolution if name in CLIP else 224}"

@@ -17,7 +17,7 @@ from hrgan.config import Config
 from hrgan.metrics.extractor import LPIPS, Extractor
 from hrgan.metrics.features import Ranks, go_on
 from hrgan.metrics.rows import Row
-from hrgan.networks import full_precision
+from hrgan.networks import full_precision, style
 from hrgan.pictures import to_rgb
 
 EPSILON = 1e-4
@@ -46,6 +46,8 @@ def path_length(
     random = np.random.RandomState(LATENT_SEED)
     first, second = (random_normal(random, (count, config.network.latent)) for _ in range(2))
     second = batch_lerp(first, second, EPSILON)
+    classes = int(generator.classes)  # type: ignore[arg-type]  # a plain int
+    labels = torch.from_numpy(random.randint(0, classes, count)).to(device) if classes else None
     start, stop = count * ranks.rank // ranks.world, count * (ranks.rank + 1) // ranks.world
     found = []
     share = -(-count // ranks.world)
@@ -57,7 +59,8 @@ def path_length(
             high = min(low + config.eval.batch, stop)
             if high > low:
                 ends = torch.cat([first[low:high], second[low:high]]).to(device)
-                a, b = to_floats(generator(ends, None, alpha)).chunk(2)
+                of = None if labels is None else labels[low:high].repeat(2)
+                a, b = to_floats(pictures(generator, ends, of, alpha)).chunk(2)
                 found.append(distance(a, b) / EPSILON**2)
     everyone = _gathered(torch.cat(found).cpu() if found else torch.empty(0), ranks)
     if ranks.rank > 0:
@@ -77,9 +80,18 @@ def path_length(
         "mirror": False,
         "truncation": 1.0,
         "seed": LATENT_SEED,
-        "labels": "none",
+        "labels": "each class as often" if classes else "none",
         "seconds": round(time.perf_counter() - began, 3),
     }
+
+
+def pictures(generator: nn.Module, ends: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
+    """Pictures of both ends of each path, (2 n, latent), with the same noise inputs where the family has some: they
+    follow z's bits, and a path is not to measure them."""
+    if isinstance(generator, style.Generator):
+        return generator.drawn(generator.mapped(ends, labels), ends[: len(ends) // 2].repeat(2, 1), alpha)
+    made: Tensor = generator(ends, labels, alpha)
+    return made
 
 
 def reduced(distances: np.ndarray) -> tuple[float | None, float | None]:

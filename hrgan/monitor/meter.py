@@ -10,6 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+D_VALUES = ("loss_d", "logit_real", "logit_fake", "penalty", "sign_real", "sign_fake", "grad_norm_d", "skipped")
+"""What a step of D returns: means over its pictures, the norm of its gradient, and 1 if it was skipped."""
+G_VALUES = ("loss_g", "path_length", "grad_norm_g", "skipped")
+"""The same of a step of G."""
+
 
 class Meter:
     """Sums over the steps of a tick. Skipped steps are counted and leave the sums alone."""
@@ -22,9 +27,10 @@ class Meter:
 
     def restart(self) -> None:
         """Begin a tick now."""
-        self.began, self.waited, self.images, self.steps, self.penalties = time.perf_counter(), 0.0, 0, 0, 0
-        # loss_d, logit_real, logit_fake, penalty, steps of D; loss_g, steps of G; skipped steps; longest streak
-        self.sums = torch.zeros(9, device=self.device)
+        self.began, self.waited, self.images, self.steps = time.perf_counter(), 0.0, 0, 0
+        self.lazy = {"penalty": 0, "path_length": 0}
+        # Sums of D_VALUES and G_VALUES, where the last stands for the steps counted; skipped steps; longest streak.
+        self.sums = torch.zeros(len(D_VALUES) + len(G_VALUES) + 2, device=self.device)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -33,46 +39,39 @@ class Meter:
         yield
         self.waited += time.perf_counter() - began
 
-    def add(self, images: int, d_values: Tensor, g_values: Tensor, with_penalty: bool) -> None:
-        """A step: D's loss, logit_real, logit_fake, penalty, skipped (5,); G's loss, skipped (2,)."""
+    def add(self, images: int, d_values: Tensor, g_values: Tensor, with_penalty: bool, with_path: bool) -> None:
+        """A step: D_VALUES and G_VALUES of it."""
         self.images += images
         self.steps += 1
-        self.penalties += with_penalty
-        d_skipped, g_skipped = d_values[4], g_values[1]
-        d_part = torch.where(
-            d_skipped > 0, torch.zeros_like(d_values), torch.cat([d_values[:4], torch.ones_like(d_values[:1])])
-        )
-        g_part = torch.where(
-            g_skipped > 0, torch.zeros_like(g_values), torch.stack([g_values[0], torch.ones_like(g_skipped)])
-        )
-        skipped = torch.maximum(d_skipped, g_skipped)
+        self.lazy["penalty"] += with_penalty
+        self.lazy["path_length"] += with_path
+        parts = []
+        for values in (d_values, g_values):
+            counted = torch.cat([values[:-1], torch.ones_like(values[:1])])
+            parts.append(torch.where(values[-1] > 0, torch.zeros_like(values), counted))
+        skipped = torch.maximum(d_values[-1], g_values[-1])
         self.streak = (self.streak + 1) * skipped
-        longest = torch.maximum(self.sums[8], self.streak)
-        self.sums = torch.cat(
-            [self.sums[:7] + torch.cat([d_part, g_part]), (self.sums[7] + skipped).view(1), longest.view(1)]
-        )
+        longest = torch.maximum(self.sums[-1], self.streak)
+        sums = torch.cat([*parts, skipped.view(1)]) + self.sums[:-1]
+        self.sums = torch.cat([sums, longest.view(1)])
 
     def read(self, mean: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Means over the steps since `restart` and, by `mean`, over the processes. A value is None where every step
-        was skipped."""
-        loss_d, real, fake, penalty, d_steps, loss_g, g_steps, skipped, streak = mean(self.sums).tolist()
+        was skipped, or none had it."""
+        sums = mean(self.sums).tolist()
         seconds = time.perf_counter() - self.began  # After the read, which waits for the device.
         rate = self.images / seconds if seconds > 0 else 0.0
-
-        def over(value: float, steps: float) -> float | None:
-            return value / steps if steps else None
-
-        return {
-            "loss_g": over(loss_g, g_steps),
-            "loss_d": over(loss_d, d_steps),
-            "logit_real": over(real, d_steps),
-            "logit_fake": over(fake, d_steps),
-            "penalty": over(penalty, self.penalties),
+        row: dict[str, Any] = {}
+        for names, values in ((G_VALUES, sums[len(D_VALUES) : -2]), (D_VALUES, sums[: len(D_VALUES)])):
+            for name, value in zip(names[:-1], values[:-1], strict=True):
+                steps = values[-1] if name not in self.lazy else self.lazy[name]
+                row[name] = value / steps if steps else None
+        return row | {
             "img_per_sec": rate,
             "data_wait": self.waited / seconds if seconds > 0 else 0.0,
             "sec_per_kimg": 1000 / rate if rate else 0.0,
-            "skipped": round(skipped),
-            "skipped_in_a_row": round(streak),
+            "skipped": round(sums[-2]),
+            "skipped_in_a_row": round(sums[-1]),
         }
 
     def seconds_since_read(self) -> float:

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from hrgan.config import Config
-from hrgan.networks import progan
+from hrgan.networks import dcgan, progan, r3, style
 from hrgan.networks.layers import initialise
 
-FAMILIES: dict[str, Any] = {"progan": progan}
-
+FAMILIES: dict[str, Any] = {"dcgan": dcgan, "progan": progan, "style": style, "r3": r3}
 
 AUTOCAST: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Of each config.precision."""
@@ -24,7 +23,7 @@ AUTOCAST: dict[str, torch.dtype | None] = {"float32": None, "bf16": torch.bfloat
 def make_generator(config: Config, resolution: int, fading: bool, autocast: torch.dtype | None) -> nn.Module:
     """A generator with the initial weights that (seed, parameter name) decide; autocast: None computes in float32."""
     network: nn.Module = FAMILIES[config.network.family].Generator(config.network, resolution, fading, autocast)
-    initialise(network, config.seed, "generator")
+    initialise(network, config.seed, "generator", network.initial)  # type: ignore[arg-type]  # a method of every family
     return network
 
 
@@ -32,7 +31,7 @@ def make_discriminator(config: Config, resolution: int, fading: bool, autocast: 
     """A discriminator with the initial weights that (seed, parameter name) decide; autocast: None computes in
     float32."""
     network: nn.Module = FAMILIES[config.network.family].Discriminator(config.network, resolution, fading, autocast)
-    initialise(network, config.seed, "discriminator")
+    initialise(network, config.seed, "discriminator", network.initial)  # type: ignore[arg-type]  # a method of every family
     return network
 
 

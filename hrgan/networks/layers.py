@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from hrgan.config import CHUNK
+from hrgan.config import CHUNK, NetworkConfig
 
 LRELU_SLOPE = 0.2
 HE_GAIN = math.sqrt(2)
@@ -24,18 +26,45 @@ def keyed_seed(*key: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def initialise(network: nn.Module, seed: int, role: str) -> None:
-    """Fill weights with N(0, 1) and biases with 0, each weight from (seed, role, its name).
+Initial = Callable[[str, nn.Parameter], tuple[float, float]]
+"""Name and parameter -> mean and standard deviation of its initial numbers."""
+
+
+def scaled_initial(name: str, parameter: nn.Parameter) -> tuple[float, float]:
+    """Under an equalised learning rate weights begin as N(0, 1) and biases as 0."""
+    return 0.0, 0.0 if name.endswith("bias") else 1.0
+
+
+def initialise(network: nn.Module, seed: int, role: str, initial: Initial = scaled_initial) -> None:
+    """Fill parameters with normal numbers, each from (seed, role, its name).
 
     A name holds its block's resolution, so a block has the same initial weights whenever it joins.
     """
     for name, parameter in network.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        else:
-            generator = torch.Generator().manual_seed(keyed_seed(seed, role, name))
-            with torch.no_grad():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        mean, spread = initial(name, parameter)
+        generator = torch.Generator().manual_seed(keyed_seed(seed, role, name))
+        with torch.no_grad():
+            if spread:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(spread).add_(mean))
+            else:
+                parameter.fill_(mean)
+
+
+def width(config: NetworkConfig, resolution: int) -> int:
+    """Feature maps at a resolution: 512, 512, 512, 512, 256, ... for 4, 8, 16, 32, 64, ... with the paper's numbers."""
+    if config.widths is not None:
+        return config.widths[resolution.bit_length() - 3]
+    return max(1, min(config.fmap_max, config.fmap_base * 2 // resolution))
+
+
+def sizes(first: int, last: int) -> list[int]:
+    """Powers of two from first to last."""
+    return [1 << power for power in range(first.bit_length() - 1, last.bit_length())]
+
+
+def rgb_sizes(resolution: int, fading: bool) -> list[int]:
+    """Resolutions of the RGB layers that a phase uses."""
+    return [resolution // 2, resolution] if fading else [resolution]
 
 
 class ScaledLinear(nn.Module):
@@ -86,6 +115,45 @@ def widened(weight: Tensor) -> Tensor:
     """(out, in, k, k) -> (out, in, k + 1, k + 1): the kernel convolved with a 2x2 box of ones."""
     w = F.pad(weight, (1, 1, 1, 1))
     return w[..., 1:, 1:] + w[..., 1:, :-1] + w[..., :-1, 1:] + w[..., :-1, :-1]
+
+
+class ClassEmbedding(nn.Module):
+    """labels: (N,) int64 in [0, classes) -> (N, length), a learnt vector for each class, initially N(0, 1)."""
+
+    def __init__(self, classes: int, length: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(classes, length))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return F.embedding(labels, self.weight)
+
+
+def joined(z: Tensor, embedding: nn.Module | None, labels: Tensor | None) -> Tensor:
+    """z: (N, L) -> (N, L) without classes, (N, 2 L) with the labels' embedding beside it."""
+    return z if embedding is None else torch.cat([z, embedding(labels)], dim=1)
+
+
+def project(features: Tensor, embedding: nn.Module | None, labels: Tensor | None) -> Tensor:
+    """(N, F) features -> (N, 1), what a projection discriminator adds to its logits (Miyato & Koyama 2018); 0 without
+    classes. Scaled to unit variance of unit features."""
+    if embedding is None:
+        return features.new_zeros(len(features), 1)
+    added: Tensor = (embedding(labels) * features).sum(1, keepdim=True) / math.sqrt(features.shape[1])
+    return added
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x as float32, or as float64 where it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def logits_of(head: nn.Module, features: Tensor, embedding: nn.Module | None, labels: Tensor | None) -> Tensor:
+    """(N, F) features -> (N, heads) logits: of a linear head, with the classes' projection added. At least in float32
+    also under autocast: bf16 has steps of 0.25 at 64, and the relativistic loss lives on differences of logits."""
+    with torch.autocast(features.device.type, enabled=False):
+        features = at_least_float32(features)
+        logits: Tensor = head(features) + project(features, embedding, labels)
+    return logits
 
 
 class _PixelNorm(torch.autograd.Function):
@@ -145,3 +213,97 @@ def upsample(x: Tensor) -> Tensor:
 def downsample(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, C, H/2, W/2), 2x2 box mean."""
     return F.avg_pool2d(x, 2)
+
+
+@cache
+def _kernel(device: torch.device, dtype: torch.dtype) -> Tensor:
+    # Made on the device and kept: a copy from the host would hold it up, here in each layer.
+    taps = (4 - 2 * (torch.arange(4, device=device) - 1.5).abs()) / 8  # [1, 3, 3, 1] / 8
+    return torch.outer(taps, taps).to(dtype)
+
+
+class _Filter(torch.autograd.Function):
+    """[1, 3, 3, 1] x [1, 3, 3, 1] / 64 on each channel, and its transpose. Written out because autograd's second
+    backward of a depthwise convolution goes channel by channel on the CPU (two to four times slower in all)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, padding: int, stride: int, transposed: bool) -> Tensor:
+        ctx.arguments = padding, stride, not transposed
+        kernel = _kernel(x.device, x.dtype).expand(x.shape[1], 1, 4, 4)
+        with torch.autocast(x.device.type, enabled=False):  # Images stay in float32.
+            if not transposed:
+                return F.conv2d(x, kernel, padding=padding, stride=stride, groups=x.shape[1])
+            return F.conv2d(spread(x) if stride == 2 else x, kernel, padding=3 - padding, groups=x.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Filter.apply(gradient, *ctx.arguments), None, None, None
+
+
+def spread(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C, 2H - 1, 2W - 1): zeros between the pixels."""
+    n, c, h, w = x.shape
+    y = torch.empty(
+        (n, c, 2 * h - 1, 2 * w - 1), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    ).zero_()
+    y[:, :, ::2, ::2] = x
+    return y
+
+
+def filtered(x: Tensor, padding: int) -> Tensor:
+    """(N, C, H, W) -> (N, C, H + 2 padding - 3, W + 2 padding - 3)."""
+    y: Tensor = _Filter.apply(x, padding, 1, False)
+    return y
+
+
+def filtered_upsample(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C, 2H, 2W): zeros between the pixels, filtered, times 4. Beyond the border are zeros."""
+    y: Tensor = _Filter.apply(x, 1, 2, True)
+    return 4 * y
+
+
+def filtered_downsample(x: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C, H/2, W/2): filtered, every second pixel. Beyond the border are zeros."""
+    y: Tensor = _Filter.apply(x, 1, 2, False)
+    return y
+
+
+def _wrapped(constant: int, bits: int) -> int:
+    """An unsigned constant as the signed number of the same bits: torch's integers wrap around but are signed."""
+    return constant - (1 << bits) if constant >> (bits - 1) else constant
+
+
+def _mix64(x: Tensor) -> Tensor:
+    """x: int64 -> int64, each input bit changing each output bit with odds of 1/2 (splitmix64's finaliser, Steele et
+    al. 2014)."""
+    # `>>` copies the sign: the masks make it a shift of zeros.
+    x = (x ^ ((x >> 30) & (1 << 34) - 1)) * _wrapped(0xBF58476D1CE4E5B9, 64)
+    x = (x ^ ((x >> 27) & (1 << 37) - 1)) * _wrapped(0x94D049BB133111EB, 64)
+    return x ^ ((x >> 31) & (1 << 33) - 1)
+
+
+def _mix32_(x: Tensor, key: Tensor | int) -> Tensor:
+    """The same of int32, in place, with a key in the middle (constants: Wellons 2018, lowbias32)."""
+    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D).bitwise_xor_(key)
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_wrapped(0x846CA68B, 32))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+@torch.no_grad()
+def latent_normal(z: Tensor, stream: int, count: int) -> Tensor:
+    """z: (N, L) -> (N, count) float32 from N(0, 1), a pure function of each row's float32 bits and the stream: of
+    neither the other rows nor any generator's state. A larger count begins with the same numbers.
+
+    Whole numbers are the same on every device; the logarithm and the cosine after them to rounding.
+    """
+    bits = z.float().contiguous().view(torch.int32).long()  # (N, L)
+    place = torch.arange(z.shape[1], device=z.device) * _wrapped(0x9E3779B97F4A7C15, 64)
+    key = _mix64(_mix64(bits + place).sum(1) + stream)  # (N,)
+    first, second = key.view(torch.int32).view(-1, 2, 1, 1).unbind(1)  # (N, 1, 1) each
+    pairs = (count + 1) // 2
+    index = torch.arange(2 * pairs, dtype=torch.int32, device=z.device).view(pairs, 2).t().contiguous()
+    hashed = _mix32_(_mix32_(index, 0) ^ first, second)  # (N, 2, pairs)
+    uniform = (hashed >> 8).bitwise_and_(0xFFFFFF).add_(1) * 2.0**-24  # (0, 1]
+    radius = uniform[:, 0].log().mul_(-2).sqrt_()  # Box & Muller 1958
+    angle = uniform[:, 1] * (2 * math.pi)
+    return torch.stack([angle.cos().mul_(radius), angle.sin().mul_(radius)], dim=2).flatten(1)[:, :count]

@@ -13,39 +13,26 @@ from torch import Tensor, nn
 from hrgan.config import NetworkConfig
 from hrgan.networks.layers import (
     HE_GAIN,
+    ClassEmbedding,
     ScaledConv,
     ScaledLinear,
     downsample,
+    joined,
+    logits_of,
     lrelu,
     minibatch_stddev,
     pixel_norm,
+    rgb_sizes,
+    scaled_initial,
+    sizes,
     upsample,
+    width,
 )
-
-
-def width(config: NetworkConfig, resolution: int) -> int:
-    """Feature maps at a resolution: 512, 512, 512, 512, 256, ... for 4, 8, 16, 32, 64, ... with the paper's numbers."""
-    if config.widths is not None:
-        return config.widths[resolution.bit_length() - 3]
-    return max(1, min(config.fmap_max, config.fmap_base * 2 // resolution))
-
-
-def sizes(first: int, last: int) -> list[int]:
-    """Powers of two from first to last."""
-    return [1 << power for power in range(first.bit_length() - 1, last.bit_length())]
-
-
-def rgb_sizes(resolution: int, fading: bool) -> list[int]:
-    """Resolutions of the RGB layers that a phase uses."""
-    return [resolution // 2, resolution] if fading else [resolution]
 
 
 class Generator(nn.Module):
     """z: (N, latent) float32 from N(0, 1) -> (N, channels, H, W) float32, about [-1, 1]. H x W is the grid (usually
     4 x 4) times R / 4."""
-
-    classes = 0
-    """Unconditional."""
 
     def __init__(
         self, config: NetworkConfig, resolution: int, fading: bool, autocast: torch.dtype | None = None
@@ -54,8 +41,11 @@ class Generator(nn.Module):
         self.resolution, self.fading, self.autocast = resolution, fading, autocast
         self.rows, self.columns = config.grid
         first = width(config, 4)
+        self.classes = config.num_classes
+        self.embedding = ClassEmbedding(self.classes, config.latent) if self.classes else None
         # The gain of the first layer is sqrt(2)/4 in the authors' code.
-        self.dense = ScaledLinear(config.latent, first * self.rows * self.columns, gain=HE_GAIN / 4, bias=False)
+        inputs = config.latent * (2 if self.classes else 1)
+        self.dense = ScaledLinear(inputs, first * self.rows * self.columns, gain=HE_GAIN / 4, bias=False)
         self.dense_bias = nn.Parameter(torch.empty(first))
         self.blocks = nn.ModuleDict()
         for size in sizes(4, resolution):
@@ -75,10 +65,20 @@ class Generator(nn.Module):
             }
         )
 
+    def initial(self, name: str, parameter: nn.Parameter) -> tuple[float, float]:
+        """Mean and standard deviation of a parameter's initial numbers."""
+        return scaled_initial(name, parameter)
+
+    def enlarged(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, 2H, 2W), as images of the resolution before are shown in a fade."""
+        return upsample(images)
+
     def forward(self, z: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
-        """Images. `alpha` in [0, 1] is the weight of the new resolution in a fade; `labels` is None (unconditional)."""
+        """Images. `alpha` in [0, 1] is the weight of the new resolution in a fade; `labels`: (N,) int64, None without
+        classes."""
         with torch.autocast(z.device.type, self.autocast, enabled=self.autocast is not None):
-            x = self.dense(pixel_norm(z)).view(len(z), -1, self.rows, self.columns)  # (N, C, 4, 4)
+            x = self.dense(pixel_norm(joined(z, self.embedding, labels)))
+            x = x.view(len(z), -1, self.rows, self.columns)  # (N, C, 4, 4)
             x = x + self.dense_bias.view(1, -1, 1, 1)
             x = pixel_norm(lrelu(x.contiguous(memory_format=torch.channels_last)))
             old = x
@@ -89,12 +89,16 @@ class Generator(nn.Module):
                     x = pixel_norm(lrelu(conv(x)))
             image: Tensor = self.to_rgb[str(self.resolution)](x).float()  # (N, channels, R, R)
             if self.fading:
-                image = torch.lerp(upsample(self.to_rgb[str(self.resolution // 2)](old).float()), image, alpha)
+                image = torch.lerp(self.enlarged(self.to_rgb[str(self.resolution // 2)](old).float()), image, alpha)
         return image
 
 
 class Discriminator(nn.Module):
-    """x: (N, channels, H, W) float32 in [-1, 1], N a multiple of 4 -> logits (N, 1) float32."""
+    """x: (N, channels, H, W) float32 in [-1, 1], N a multiple of 4 -> logits (N, 1) float32; with the auxiliary
+    classifier (N, 1 + classes)."""
+
+    apart = False
+    """Whether reals and fakes must go through it in separate calls."""
 
     def __init__(
         self, config: NetworkConfig, resolution: int, fading: bool, autocast: torch.dtype | None = None
@@ -113,10 +117,17 @@ class Discriminator(nn.Module):
         last = width(config, 4)
         self.blocks["4"] = nn.ModuleList([ScaledConv(last + 1, last, 3)])
         self.dense = ScaledLinear(last * config.grid[0] * config.grid[1], last)
-        self.logit = ScaledLinear(last, 1, gain=1)
+        heads = 1 + (config.num_classes if config.condition == "acgan" else 0)
+        self.logit = ScaledLinear(last, heads, gain=1)
+        projects = config.condition == "projection" and config.num_classes > 0
+        self.embedding = ClassEmbedding(config.num_classes, last) if projects else None
+
+    def initial(self, name: str, parameter: nn.Parameter) -> tuple[float, float]:
+        """Mean and standard deviation of a parameter's initial numbers."""
+        return scaled_initial(name, parameter)
 
     def forward(self, x: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
-        """Logits, higher is more real. `alpha` as in the generator; `labels` is None (unconditional)."""
+        """Logits, higher is more real. `alpha` and `labels` as in the generator."""
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             image = x.contiguous(memory_format=torch.channels_last)
             x = lrelu(self.from_rgb[str(self.resolution)](image))  # (N, C, R, R)
@@ -129,5 +140,4 @@ class Discriminator(nn.Module):
                     old = lrelu(self.from_rgb[str(self.resolution // 2)](downsample(image)))
                     x = torch.lerp(old, x, alpha)  # (N, C, R/2, R/2)
             x = lrelu(self.dense(x.flatten(1)))
-            logits: Tensor = self.logit(x).float()
-        return logits
+        return logits_of(self.logit, x, self.embedding, labels)

@@ -1,0 +1,115 @@
+"""The first weights of a run from another run's checkpoint, as far as names and shapes fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from hrgan import checkpoint
+from hrgan.config import Config
+from hrgan.engine import State
+from hrgan.errors import UserError
+from hrgan.networks import make_discriminator, make_generator
+from hrgan.schedule import Phase
+from hrgan.sizes import size_text
+
+NETWORKS = ("generator", "ema", "discriminator")
+
+
+@dataclass
+class Fit:
+    """What became of one network's tensors."""
+
+    taken: list[str] = field(default_factory=list)
+    initial: list[str] = field(default_factory=list)
+    """Those that the checkpoint lacks, or has in another shape."""
+    unused: list[str] = field(default_factory=list)
+    """Those of the checkpoint that the network has no place for."""
+
+
+def adopted(config: Config, phase: Phase, source: Path, say: Callable[[str], None]) -> State:
+    """The state that a run begins its first phase with: weights of a run's or checkpoint's networks, Adam anew. Says
+    what was taken and what was not. UserError where nothing fits.
+
+    Blocks have the same name at every resolution, so a checkpoint may be of another resolution, and rows that belong
+    to a class go to the class of the same name.
+    """
+    folder = checkpoint.find(source)
+    saved = checkpoint.load(folder, parts=NETWORKS)
+    old, new = saved.config.network, config.network
+    if old.family != new.family:
+        raise UserError(
+            f"init_from: {folder} holds {old.family} networks, this run has {new.family}; set --network.family "
+            f"{old.family} or name a checkpoint of {new.family}"
+        )
+    rows = class_rows(old.classes or [] if old.num_classes else [], new.classes or [] if new.num_classes else [])
+    parts: dict[str, dict[str, Tensor]] = {"adam_generator": {}, "adam_discriminator": {}, "feedback": {}}
+    for part in NETWORKS:
+        make = make_discriminator if part == "discriminator" else make_generator
+        own = make(config, phase.resolution, phase.fading, None).state_dict()
+        parts[part], fit = fitted(own, saved.state.parts[part], rows, new.condition == old.condition == "acgan")
+        if not any(parts[part][name].dim() > 1 for name in fit.taken):  # A few biases fit anywhere.
+            raise UserError(
+                f"init_from: nothing of {folder} fits the {part}; its network was {old}, this run's is {new}"
+            )
+        if part != "ema":  # It has the generator's shapes.
+            say(described(part, fit))
+    there, here = size_text(old.grid, saved.state.resolution), size_text(new.grid, phase.resolution)
+    say(f"init_from: {folder} ({there}, {saved.progress.nimg / 1000:g} kimg) into {here}")
+    wasted = min(saved.state.resolution, new.resolution)
+    if wasted > phase.resolution:
+        say(
+            f"warning: init_from: the checkpoint's blocks above {here} are not used, as this run grows them anew; "
+            f"--schedule.start_resolution {wasted} begins with them"
+        )
+    return State(phase.resolution, phase.fading, parts)
+
+
+def class_rows(old: list[str], new: list[str]) -> list[tuple[int, int]]:
+    """(place in the old names, place in the new ones) of each class that both have."""
+    return [(old.index(name), place) for place, name in enumerate(new) if name in old]
+
+
+def fitted(
+    own: dict[str, Tensor], theirs: dict[str, Tensor], rows: list[tuple[int, int]], classifies: bool
+) -> tuple[dict[str, Tensor], Fit]:
+    """Tensors of `own`'s names and shapes, filled from `theirs` where they fit. classifies: whether D's logits are
+    followed by scores of the classes."""
+    made, fit = {}, Fit()
+    for name, tensor in own.items():
+        other = theirs.get(name)
+        made[name] = tensor.detach().clone()
+        shift = first_row(name, classifies)
+        if other is not None and shift is not None and rows and other.shape[1:] == tensor.shape[1:]:
+            # Each row is a class's, after those before `shift`.
+            for old, new in [*((row, row) for row in range(shift)), *((a + shift, b + shift) for a, b in rows)]:
+                made[name][new] = other[old]
+            fit.taken.append(name)
+        elif other is not None and other.shape == tensor.shape and shift is None:
+            made[name].copy_(other)
+            fit.taken.append(name)
+        else:
+            fit.initial.append(name)
+    fit.unused = [name for name in theirs if name not in own]
+    return made, fit
+
+
+def first_row(name: str, classifies: bool) -> int | None:
+    """Of a tensor whose rows are classes': its first such row. None for others."""
+    head = name.split(".")[0]
+    if head == "embedding":
+        return 0
+    return 1 if classifies and head == "logit" else None
+
+
+def described(part: str, fit: Fit) -> str:
+    """One line for a person."""
+    whole = len(fit.taken) + len(fit.initial)
+    line = f"init_from: {part}: {len(fit.taken)} of {whole} tensors taken"
+    for names, what in ((fit.initial, "begin anew"), (fit.unused, "of the checkpoint not used")):
+        if names:
+            line += f"; {what}: {', '.join(names[:6])}" + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return line
