@@ -42,6 +42,7 @@ def data_build(args: Namespace) -> None:
         window=args.window,
         min_size=args.min_size,
         near=args.near,
+        share=args.share,
         max_skipped=args.max_skipped,
         workers=args.workers,
         seed=args.seed,
@@ -272,6 +273,13 @@ def data_build_arguments(parser: Parser) -> None:
         default=None,
         help="leave out pictures that look like an earlier one: their perceptual hashes differ in at most so many of "
         "64 bits (4 is careful)",
+    )
+    parser.add_argument(
+        "--share",
+        type=str,
+        default="0:1",
+        help="LOW:HIGH: only files whose sha256, as a share of 2^256, lies in [LOW, HIGH); 0:0.9 and 0.9:1 are two "
+        "sets without a common file",
     )
     parser.add_argument(
         "--max-skipped",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +51,69 @@ def single(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     out = tmp_path_factory.mktemp("single") / "set"
     build(str(source), out, 16, **OPTIONS)
     return contents(out)
+
+
+def stored(out: Path) -> set[str]:
+    """Which files the samples of a set are from."""
+    found = set()
+    for path in (out / "16").glob("*.tar"):
+        with tarfile.open(path) as archive:
+            about = [archive.extractfile(name) for name in archive.getnames() if name.endswith(".json")]
+            found |= {json.load(file)["origin"] for file in about if file is not None}
+    return found
+
+
+def test_two_shares_hold_every_file_once(
+    source: Path, single: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert build(str(source), one, 16, **OPTIONS, share="0:0.6") is not None
+    said = capsys.readouterr().err
+    build(str(source), two, 16, **OPTIONS, share="0.6:1")
+    build(str(source), tmp_path / "all", 16, **OPTIONS)
+    assert stored(one) | stored(two) == stored(tmp_path / "all")
+    assert not stored(one) & stored(two)
+    # By the contents: a copy is on its original's side, and a duplicate there.
+    for out in (one, two):
+        for name in stored(out):
+            share = int(hashlib.sha256((source / name).read_bytes()).hexdigest(), 16) / 2**256
+            assert (share < 0.6) == (out == one)
+    listed = sum((out / "skipped.csv").read_text().count("duplicate") for out in (one, two))
+    assert listed == 2
+    other = len(list(source.rglob("*.*"))) - len(stored(one)) - (one / "skipped.csv").read_text().count("\n") + 1
+    assert f"21 images found, {other} of another share, {len(stored(one))} stored" in said
+
+
+def test_parts_of_a_share_are_byte_for_byte_one_build_of_it(source: Path, tmp_path: Path) -> None:
+    build(str(source), tmp_path / "whole", 16, **OPTIONS, share="0:0.6")
+    for number in (1, 2, 3):
+        build(str(source), tmp_path / "set", 16, **OPTIONS, share="0:0.6", part=f"{number}/3")
+    parts.merge(tmp_path / "set")
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    for number, share in ((1, "0:0.6"), (2, "0:0.7")):
+        build(str(source), tmp_path / "mixed", 16, **OPTIONS, share=share, part=f"{number}/2")
+    with pytest.raises(UserError, match=r"was built with other share"):
+        parts.merge(tmp_path / "mixed")
+
+
+def test_files_of_another_share_are_no_loss(source: Path, tmp_path: Path) -> None:
+    broken = hashlib.sha256(b"no picture").digest()[0] / 256  # The share that both unreadable files are in.
+    # With a copy 3: of all 21 no more than 0.15, but of the 6 in this share.
+    with pytest.raises(DataError, match=r"3 of 6 images cannot be used"):
+        build(str(source), tmp_path / "set", 16, **OPTIONS | {"max_skipped": 0.15}, share=f"{broken}:{broken + 0.3}")
+    manifest = build(str(source), tmp_path / "rest", 16, **OPTIONS | {"max_skipped": 0.2}, share=f"0:{broken}")
+    assert manifest is not None
+    with pytest.raises(DataError, match="none of 21 images lies in this share"):
+        build(str(source), tmp_path / "none", 16, **OPTIONS, share="0:1e-9")
+
+
+@pytest.mark.parametrize("share", ["0.9", "0.9:0.1", "0:1.5", "-1:1", "0.5:0.5", "a:b", "0:nan", "0:0.5:1", ""])
+def test_a_share_that_is_none_is_refused(
+    share: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("data", "build", source, tmp_path / "set", "--resolution", 16, f"--share={share}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"share is {share!r}, expected LOW:HIGH with 0 <= LOW < HIGH <= 1, for example 0:0.9")
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 30])

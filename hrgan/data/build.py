@@ -25,7 +25,7 @@ from hrgan.data import manifest as manifests
 from hrgan.data import sources
 from hrgan.data.folder import INDEX, LOCK, RELIST, SKIPPED, SPOOL, check_folder, clean, disk_errors_named, locked
 from hrgan.data.index import Entry, Index
-from hrgan.data.making import Made, Options, Result, made, shown
+from hrgan.data.making import OTHER_SHARE, Made, Options, Result, made, shown
 from hrgan.data.manifest import Form, Manifest
 from hrgan.data.shards import EXTENSIONS, SetWriter, Shard
 from hrgan.data.sources import Wanted
@@ -65,8 +65,9 @@ def plan_of(tree: dict[str, Any], max_skipped: float) -> Plan:
     fields = {name: tree[name] for name in ("source", "name", "drawn", "near", "per_shard")}
     given = tree["options"]
     form = Form(**given["form"] | {name: tuple(given["form"][name]) for name in ("tiers", "grid")})
+    options = Options(**given | {"form": form, "share": tuple(given["share"])})
     wanted = Wanted(tree["wanted"]["labels"], *(tuple(tree["wanted"][name]) for name in ("attributes", "crop")))
-    return Plan(**fields, options=Options(**given | {"form": form}), wanted=wanted, max_skipped=max_skipped)
+    return Plan(**fields, options=options, wanted=wanted, max_skipped=max_skipped)
 
 
 def build(
@@ -88,6 +89,7 @@ def build(
     window: str = "auto",
     min_size: int = 0,
     near: int | None = None,
+    share: str = "0:1",
     max_skipped: float = 0.01,
     workers: int,
     seed: int = 0,
@@ -104,8 +106,9 @@ def build(
     image_format: "webp" (of 8 bits the default), "png" (of 16 bits the only one) or "jpeg". channels: 3; 1 for grey; 4
     with alpha "keep". bits: 8, or 16 with channels 1. fit, image_filter, alpha, window: see manifest.Form. min_size:
     skip images with a shorter side in pixels (0: no limit; smaller ones are enlarged). near: skip pictures whose
-    perceptual hash differs from an earlier one's in at most so many of 64 bits.
-    max_skipped: the largest share of the images found that may be skipped. workers: processes (0 or 1: this one).
+    perceptual hash differs from an earlier one's in at most so many of 64 bits. share: "LOW:HIGH" takes the files whose
+    sha256, as a share of 2^256, lies in [LOW, HIGH), so that "0:0.9" and "0.9:1" share no file and are all together.
+    max_skipped: the largest share of these images that may be skipped. workers: processes (0 or 1: this one).
     shard_samples: samples in a shard (None: 128 to 4096, by resolution). overwrite: replace a finished set in `out`;
     the old one is deleted first. part: "i/n" makes only part i of n, in `out/parts`, for parts.merge to join, and
     returns None.
@@ -121,12 +124,15 @@ def build(
     )
     problems += _kind_problems(channels, bits, image_format, alpha)
     problems += _number_problems(workers, seed, min_size, near or 0, shard_samples)
+    taken = _share(share)
+    if taken is None:
+        problems.append(f"share is {share!r}, expected LOW:HIGH with 0 <= LOW < HIGH <= 1, for example 0:0.9")
     if crop and len(crop) != 4:
         problems.append(f"crop is {','.join(crop)}, expected the names of four columns such as x,y,w,h")
     name = name if name is not None else _plain_name("drawn" if drawn is not None else _stem(source))
     if name != _plain_name(name):
         problems.append(f"name is {name!r}, expected letters, digits, - and _; nearest: {_plain_name(name)!r}")
-    if problems:
+    if problems or taken is None:
         raise UserError("; ".join(problems))
     grid, level = target(str(resolution))
     form = Form(
@@ -144,7 +150,7 @@ def build(
     height, width = form.size(level)
     plan = Plan(
         source=source if drawn is not None else os.path.abspath(source),
-        options=Options(form, min_size, seed, near is not None),
+        options=Options(form, min_size, seed, near is not None, taken),
         wanted=Wanted(labels, tuple(attributes), tuple(crop)),
         name=name,
         drawn=drawn,
@@ -235,6 +241,8 @@ class Progress:
     written: int = 0
     csv_bytes: int = 0
     """Length of skipped.csv."""
+    left_out: int = 0
+    """Of another share."""
 
     def tree(self) -> dict[str, Any]:
         """To be remembered as JSON."""
@@ -368,6 +376,9 @@ def _write_samples(
         with contextlib.closing(writer):
             for entry, made in shown(results, listed.pictures, progress.done):
                 progress.done += 1
+                if made.reason == OTHER_SHARE:
+                    progress.left_out += 1
+                    continue
                 reason, detail = _why_not(plan, index, entry, made)
                 if reason:
                     progress.skipped[reason] += 1
@@ -422,20 +433,25 @@ class SkippedFile:
 
 def _report(out: Path, found: int, progress: Progress, max_skipped: float) -> None:
     """Say what was stored and skipped; DataError when that is too little or too much."""
-    skipped, stored = progress.skipped, progress.written
+    skipped, stored, taken = progress.skipped, progress.written, found - progress.left_out
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
     hint = "; `decoder` names packages to install" if skipped["decoder"] else ""
     wanted = skipped["near_duplicate"]  # Asked for, so not a loss.
     lost = sum(skipped.values()) - wanted
-    if lost > max_skipped * found:
+    if lost > max_skipped * taken:
         raise DataError(
-            f"{lost} of {found} images cannot be used ({reasons}), more than the share {max_skipped} allowed; "
+            f"{lost} of {taken} images cannot be used ({reasons}), more than the share {max_skipped} allowed; "
             f"see {out / SKIPPED}{hint}, then mend or remove them or raise --max-skipped"
         )
+    if not taken:
+        raise DataError(f"none of {found} images lies in this share; choose a wider one")
     if not stored:
-        raise DataError(f"none of {found} images can be used ({reasons}); see {out / SKIPPED}{hint}")
+        raise DataError(f"none of {taken} images can be used ({reasons}); see {out / SKIPPED}{hint}")
+    other = f", {progress.left_out} of another share" if progress.left_out else ""
     print(
-        f"{found} images found, {stored} stored, {found - stored} skipped", reasons and f"({reasons})", file=sys.stderr
+        f"{found} images found{other}, {stored} stored, {taken - stored} skipped",
+        reasons and f"({reasons})",
+        file=sys.stderr,
     )
 
 
@@ -460,6 +476,16 @@ def _stem(source: str) -> str:
 
 def _plain_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "set"
+
+
+def _share(text: str) -> tuple[float, float] | None:
+    """The two numbers of LOW:HIGH; None where it is none."""
+    low, _, high = text.partition(":")
+    try:
+        borders = float(low), float(high)
+    except ValueError:
+        return None
+    return borders if 0 <= borders[0] < borders[1] <= 1 else None
 
 
 def checked_window(text: str) -> str:

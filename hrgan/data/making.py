@@ -23,12 +23,19 @@ from hrgan.watch import STOP_SIGNALS, stops_held
 
 @dataclass(frozen=True)
 class Options:
-    """How each picture is made; sent to every worker process. near: whether perceptual hashes are wanted."""
+    """How each picture is made; sent to every worker process. near: whether perceptual hashes are wanted. share: which
+    files are taken, see `OTHER_SHARE`."""
 
     form: Form
     min_size: int
     seed: int
     near: bool
+    share: tuple[float, float]
+
+
+OTHER_SHARE = "other share"
+"""As a `Made.reason`: the sha256 of the file, as a share of 2^256, lies outside of [low, high) of Options.share. Asked
+for, so not a loss."""
 
 
 class Made(NamedTuple):
@@ -57,20 +64,24 @@ def make(options: Options, entry: Entry) -> Made:
 
     form, place = options.form, entry.place
     try:
+        data = entry.path.encode() if place.kind == "drawn" else fetch.fetch(place)
+        digest = hashlib.sha256(data)
+        low, high = (border * 2**256 for border in options.share)  # Python compares them exactly.
+        # Of the file alone: its frames and the crops of it are on one side.
+        if not low <= int.from_bytes(digest.digest()) < high:
+            return Made(reason=OTHER_SHARE)
         if place.kind == "drawn":
             square = drawn.draw(place.offset, options.seed, max(form.size(form.tiers[-1])))
-            picture, data = images.Picture(images.converted(square, form)), entry.path.encode()
+            picture = images.Picture(images.converted(square, form))
         else:
-            data = fetch.fetch(place)
             picture = images.read_picture(data, form, place.frame, options.min_size)
         tiers = images.make_tiers(picture, form, entry.crop, options.min_size)
     except (fetch.Unfetched, images.Unusable) as error:
         return Made(reason=error.args[0], detail=error.args[1])
-    part = repr((place.frame, entry.crop)).encode() if place.frame or entry.crop else b""
-    content = hashlib.sha256(data + part).digest()
+    digest.update(repr((place.frame, entry.crop)).encode() if place.frame or entry.crop else b"")
     encoded = tuple(images.encode(tier, form) for tier in tiers.images)
     near = images.perceptual_hash(tiers.images, form) if options.near else 0
-    return Made(content, encoded, _origin(entry), tiers.size, tiers.values, near)
+    return Made(digest.digest(), encoded, _origin(entry), tiers.size, tiers.values, near)
 
 
 def _origin(entry: Entry) -> str:
