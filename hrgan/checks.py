@@ -193,6 +193,7 @@ _LEAST: dict[str, float] = {
     "eval.kid_subset_size": 2,
     "checkpoint.keep": 2,
     "log.grid": 1,
+    "log.max_share": 0,
     "seed": 0,
     "data.max_bad": 0,
     "optim.beta1": 0,
@@ -224,6 +225,7 @@ _ABOVE_ZERO = (
 _MOST: dict[str, float] = {
     "data.max_bad": 1,
     "eval.max_share": 1,
+    "log.max_share": 1,
     "optim.rollback_lr": 1,
     "optim.beta1": 0.9999,
     "loss.path_decay": 1,

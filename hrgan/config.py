@@ -35,6 +35,9 @@ class DataConfig:
     their weights: {PATH: 0.7, PATH: 0.3}."""
     label: str | None = None
     """The attribute that is the class; None takes what the set was built with as --labels."""
+    held_out: str | None = None
+    """Folder or URL of shards that are not trained on (--share of `hrgan data build` splits off some): the log compares
+    what D says of them and of training pictures, which tells memorising. None: not compared."""
     values: list[int] | None = None
     """The stored numbers that become -1 and 1; None takes them from the set when the run starts."""
     mirror: bool = False
@@ -320,6 +323,9 @@ class LogConfig:
     """Rows and columns of generated images in a sample grid; as many real ones stand beside them."""
     tensorboard: bool = True
     """Write TensorBoard events."""
+    max_share: float = 0.02
+    """Largest share of a run's time that the signs of health in the log may take (diversity, duplicates, detail, D's
+    logits of held-out pictures): a tick whose would take more has none. 0: none at all; 1: no limit."""
 
 
 @dataclass(frozen=True)
@@ -378,6 +384,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "log.",
     "data.path",
+    "data.held_out",
     "data.cache",
     "data.timeout_seconds",
     "data.retries",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hrgan import checkpoint
 from hrgan.checkpoint import Progress, Saved
+from hrgan.checkup import SIGNS, Checkup
 from hrgan.config import Config
 from hrgan.data import stream
 from hrgan.data.dataset import Dataset
@@ -24,13 +25,14 @@ from hrgan.errors import DataError, Diverged, Stopped, UserError
 from hrgan.metrics.evaluation import Evaluated, evaluated, save_neighbours
 from hrgan.metrics.extractor import Extractor
 from hrgan.metrics.features import Ranks
-from hrgan.metrics.rows import describe
+from hrgan.metrics.rows import Row, describe
 from hrgan.metrics.source import reference
+from hrgan.monitor.health import unsaid, warnings
 from hrgan.monitor.log import RunLog, eta, read_rows, summary
 from hrgan.monitor.meter import Meter
 from hrgan.noise import latents
 from hrgan.pictures import grid_side, save_png, side_by_side, tile, to_array, to_float, to_uint8
-from hrgan.schedule import Due, Phase, Schedule, what_is_due
+from hrgan.schedule import Due, Phase, Schedule, rates, what_is_due
 from hrgan.sizes import size_text
 from hrgan.watch import Watch, beat
 
@@ -100,6 +102,8 @@ class Run:
     """The phase in which waiting for data was last warned of."""
     ticks: int = 0
     """Since the phase began: in the first one the loader starts."""
+    checkup: Checkup | None = None
+    """Signs of health, measured on the main process; None where nobody wants them."""
     budget: Budget | None = None
     """Of the evaluation that is being made; None where its time does not matter."""
     look_every: int = 1
@@ -160,7 +164,7 @@ def at_lr(phase: Phase, scale: float) -> Phase:
 def between_steps(run: Run, phase: Phase, nimg: int, due: Due, stop: str | None) -> None:
     """Tick, sample grid, evaluation and checkpoint, in this order. With a reason to stop, which may come during the
     evaluation too: save, and raise Stopped. An evaluation that was left out is made on the way on."""
-    end_tick(run, phase, nimg)
+    end_tick(run, phase, nimg, hurried=stop is not None)
     if due.samples:
         run.engine.on_main(lambda: save_samples(run, phase, nimg))
     measured = False
@@ -190,8 +194,9 @@ def stop_here(run: Run, reason: str) -> NoReturn:
     raise Stopped(f"{place} ({reason}); the same command goes on")
 
 
-def end_tick(run: Run, phase: Phase, nimg: int) -> None:
-    """Count, check and log what happened since the last tick. Raises Diverged or DataError before anything is saved."""
+def end_tick(run: Run, phase: Phase, nimg: int, *, hurried: bool = False) -> None:
+    """Count, check and log what happened since the last tick. Raises Diverged or DataError before anything is saved.
+    hurried: leave out what would keep a stop waiting."""
     config, engine = run.config, run.engine
     row, bad_samples = run.meter.read(engine.mean), run.progress.bad_samples + count_bad(run)
     run.progress = replace(
@@ -208,6 +213,7 @@ def end_tick(run: Run, phase: Phase, nimg: int) -> None:
     run.look_every = max(1, int(LOOK_SECONDS / seconds)) if seconds > 0 else 1
     if row["img_per_sec"] > 0:
         run.speeds[phase.resolution] = 1 / row["img_per_sec"]
+    signs = engine.on_main(lambda: signs_of_health(run, phase, nimg, hurried))
     if run.log is not None:
         memory = torch.cuda.max_memory_allocated(engine.device) / 2**30 if engine.device.type == "cuda" else 0.0
         row = {
@@ -216,11 +222,12 @@ def end_tick(run: Run, phase: Phase, nimg: int) -> None:
             "step": run.schedule.step(nimg - phase.batch) + 1,
             "phase": phase.index,
             "resolution": phase.resolution,
+            "fading": phase.fading,
             "alpha": phase.alpha(nimg),
             "batch": phase.batch,
-            "lr_g": phase.lr_g,
-            "lr_d": phase.lr_d,
+            **settings(run, phase, nimg),
             **row,
+            **signs,
             "gpu_mem_gb": memory,
             "cpu_mem_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             "seconds": run.progress.seconds,
@@ -229,6 +236,7 @@ def end_tick(run: Run, phase: Phase, nimg: int) -> None:
             "rollbacks": run.progress.rollbacks,
             "data_wait_ranks": [round(wait, 4) for wait in waits],
         }
+        row |= warn_of_sickness(run, run.log, row)
         run.log.tick(row, phase.fading, config.schedule.total_kimg, eta(run.schedule, phase, nimg, run.speeds))
     if in_a_row > config.optim.max_skipped:
         raise Diverged(
@@ -238,6 +246,29 @@ def end_tick(run: Run, phase: Phase, nimg: int) -> None:
             "another --run with a lower optim.lr or in float32",
             since=nimg - in_a_row * phase.batch,
         )
+
+
+def settings(run: Run, phase: Phase, nimg: int) -> Row:
+    """What decided the last step before `nimg`."""
+    now = rates(run.config, phase, nimg - phase.batch)
+    named = {key: getattr(now, key) for key in ("lr_g", "lr_d", "r1_gamma", "r2_gamma", "beta2", "ema_kimg")}
+    return named | {"augment_strength": run.engine.feedback["augment_strength"].item()}
+
+
+def signs_of_health(run: Run, phase: Phase, nimg: int, hurried: bool) -> Row:
+    """A value for each of SIGNS, None where log.max_share leaves no time for them. On one process."""
+    if run.checkup is None or not run.checkup.affordable(run.progress.seconds, hurried):
+        return dict.fromkeys(SIGNS)
+    return run.checkup.measure(run.engine, phase, nimg)
+
+
+def warn_of_sickness(run: Run, log: RunLog, row: Row) -> Row:
+    """Say what was not said in this phase yet. `warnings`: the names, if there are any."""
+    said = {(before["phase"], name) for before in log.rows for name in before.get("warnings", ())}
+    new = unsaid(warnings(log.rows, row, run.config.loss.kind), row["phase"], said)
+    for warning in new:
+        run.say(f"warning: {warning.name}: {warning.says}; {warning.remedy}")
+    return {"warnings": [warning.name for warning in new]} if new else {}
 
 
 WAITED_TOO_LONG = 0.1

@@ -18,6 +18,7 @@ from hrgan import augment, losses
 from hrgan.adopt import adopted
 from hrgan.checkpoint import Progress
 from hrgan.checks import world_problems
+from hrgan.checkup import Checkup, faded, open_held_out
 from hrgan.config import CHUNK, Config, at, refuse
 from hrgan.data import stream
 from hrgan.data.dataset import Dataset, open_dataset
@@ -29,7 +30,6 @@ from hrgan.metrics.source import reference
 from hrgan.monitor.log import RunLog
 from hrgan.monitor.meter import Meter
 from hrgan.networks import full_precision
-from hrgan.networks.layers import downsample
 from hrgan.noise import draw, local_rows, pixel_noise
 from hrgan.pictures import to_float
 from hrgan.run import (
@@ -265,9 +265,8 @@ def prepare_step(
     real = to_float(images.to(engine.device, non_blocking=True), stored_range(config))
     if config.data.mirror:
         real = torch.where(noise("mirror", 1, 1, 1) < 0.5, real.flip(3), real)
-    if phase.fading:  # Reals fade as the generator's images do (Karras et al. 2018, appendix A).
-        before: Tensor = engine.ema.enlarged(downsample(real))
-        real = torch.lerp(before, real, phase.alpha(nimg))
+    if phase.fading:
+        real = faded(engine.ema, real, phase.alpha(nimg))
     length = config.network.latent
     inputs = {"real": real, "z_d": noise("z_d", length), "z_g": noise("z_g", length), "mix": noise("mix", 1, 1, 1)}
     if config.network.num_classes and labels is not None:
@@ -322,6 +321,7 @@ def train(config: Config, folder: Path) -> None:
         dataset = open_dataset(config.data)
         check_shards(config, dataset, schedule)
         config = engine.config = with_values(config, dataset)
+        held_out = open_held_out(config, dataset, schedule)
         reals = reference(config, dataset, dataset.resolution)
         made = Side("generated ones (eval.num_fake)", config.eval.num_fake, tuple(config.network.classes or ()))
         refuse_too_few(config.eval, made, side(reals))
@@ -337,8 +337,9 @@ def train(config: Config, folder: Path) -> None:
             agree_on_extractor(engine, extractor, {dataset.form.size(phase.resolution) for phase in schedule.phases})
             meter = Meter(engine.device)
             run = Run(
-                config, folder, engine, schedule, dataset, extractor, settled.lpips, log, progress, meter, watch=watch
-            )
+                config, folder, engine, schedule, dataset, extractor, settled.lpips, log, progress, meter, watch=watch,
+                checkup=Checkup(config, dataset, held_out, extractor),
+            )  # fmt: skip
             if saved is not None:
                 engine.on_main(lambda: settle(run))
             if progress.nimg >= schedule.nimg_total and not owes_evaluation(run):

@@ -1,16 +1,29 @@
-"""What tells a sick run: signs of made pictures, and warnings by made histories."""
+"""What tells a sick run: signs of made pictures, warnings by made histories, and runs that are made sick."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hrgan.monitor.health import GRACE, PERSISTS, REACH, unsaid, vital_signs, warnings
+from hrgan.apps.bench_modes import bench_modes
+from hrgan.checkup import SIGNS, Checkup
+from hrgan.config import Config, LogConfig, LossConfig, from_dict, read_yaml
+from hrgan.data.build import build
+from hrgan.data.drawn import draw
+from hrgan.monitor.health import GRACE, PERSISTS, REACH, REMEDIES, unsaid, vital_signs, warnings
+from hrgan.monitor.log import RunLog
 from hrgan.networks.layers import downsample, upsample
 from hrgan.pictures import to_uint8
+from hrgan.run import warn_of_sickness
+from hrgan.schedule import make_schedule, rates
+from tests.conftest import Children, cli
+from tests.test_train import TIMES, final_tensors, records, train
 
 # Signs
 
@@ -198,3 +211,287 @@ def test_a_warning_is_raised_once_a_phase() -> None:
     found = warnings(history[:-1], history[-1])
     assert [unsaid(found, phase, said) for phase in (4, 4, 5, 4)] == [found, [], found, []]
     assert said == {(4, "vanishing G"), (5, "vanishing G")}
+
+
+# Runs
+
+FEW = """
+data: {{path: {shards}, held_out: {held_out}, workers: 0, slots: 2, window: 64}}
+network: {{resolution: 16, grow: false, latent: 8, widths: [64, 32, 16]}}
+loss: {{kind: logistic, r1_gamma: 0.3}}
+optim: {{lr: 0.004, ema_kimg: 0.3}}
+schedule: {{total_kimg: 7, batch: 8}}
+eval: {{every_kimg: 0, num_fake: 8, num_real: 8, extractor: random, bootstrap: 0}}
+checkpoint: {{every_kimg: 100}}
+log: {{tick_kimg: 0.5, samples_kimg: 100, grid: 2, tensorboard: false, max_share: 1}}
+"""
+"""Of eight pictures. It takes 20 s on one core."""
+MANY = (
+    FEW.replace("num_fake: 8, num_real: 8", "num_fake: 64, num_real: 64")
+    .replace("batch: 8", "batch: 16")
+    .replace("latent: 8, widths: [64, 32, 16]", "latent: 32, widths: [32, 32, 16]")
+    .replace("r1_gamma: 0.3", "r1_gamma: 1.0")
+    .replace("lr: 0.004, ema_kimg: 0.3", "lr: 0.003, ema_kimg: 0.5")
+)
+"""Of 425."""
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of sets of the drawn set up to 16²: few (8 pictures), many (425 of 500) and held-out (the rest)."""
+    folder = tmp_path_factory.mktemp("sets")
+    build("drawn:8", folder / "few", 16, workers=1)
+    build("drawn:500", folder / "many", 16, workers=1, share="0:0.85")
+    build("drawn:500", folder / "held-out", 16, workers=1, share="0.85:1")
+    return folder
+
+
+def trained(
+    children: Children, text: str, data: Path, folder: Path, *words: str, program: Callable[..., int] = train
+) -> tuple[Path, list[str], Rows]:
+    """A run in `folder`: its directory, the names of its warnings, its log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(text.format(shards=data, held_out=data.parent / "held-out"))
+    code, output = children.run(folder / "out", program, str(folder / "config.yaml"), str(folder / "run"), *words)
+    assert code == 0, output
+    log = records(folder / "run", "log.jsonl")
+    found = [name for row in log for name in row.get("warnings", ())]
+    assert [line.split(": ")[1] for line in output.splitlines() if line.startswith("warning: ") and ";" in line
+            and line.split(": ")[1] in REMEDIES] == found  # fmt: skip
+    return folder / "run", found, log
+
+
+def modes(run: Path) -> int:
+    """How many modes of the drawn set its generator covers, by exact recognition of 480 pictures."""
+    return int(bench_modes(run, 480, seed=0)[0]["covered"])
+
+
+@pytest.fixture(scope="module")
+def memorised(sets: Path, children: Children, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], Rows]:
+    """A run whose D sees eight pictures over and over."""
+    return trained(children, FEW, sets / "few", tmp_path_factory.mktemp("memorised"))
+
+
+@pytest.mark.slow
+def test_a_d_that_sees_few_pictures_over_and_over_memorises_them(memorised: tuple[Path, list[str], Rows]) -> None:
+    run, found, log = memorised
+    assert "D memorising" in found
+    assert not {"vanishing G", "D overpowering", "dead fade"} & set(found)
+    assert log[-1]["logit_seen"] - log[-1]["logit_held_out"] > 2
+    assert modes(run) >= 2
+
+
+@pytest.mark.slow
+def test_a_g_that_learns_too_fast_draws_one_picture_and_no_mode(
+    memorised: tuple[Path, list[str], Rows], sets: Path, children: Children, tmp_path: Path
+) -> None:
+    words = ("--optim.lr", "0.03", "--optim.lr_d", "0.0007", "--schedule.total_kimg", "2.5", "--log.tick_kimg", "0.25")
+    run, found, log = trained(children, FEW, sets / "few", tmp_path, *words)
+    assert "mode collapse" in found
+    assert log[-1]["duplicates"] == 1
+    assert modes(run) == 0 < modes(memorised[0])
+
+
+@pytest.mark.slow
+def test_a_healthy_run_has_no_warning(sets: Path, children: Children, tmp_path: Path) -> None:
+    _, found, log = trained(children, MANY, sets / "many", tmp_path)
+    assert found == []
+    # All signs were there to be judged.
+    keys = ("diversity_feature", "duplicates", "detail", "logit_seen", "logit_held_out", "sign_real", "grad_norm_g")
+    assert not [key for key in keys for row in log if row[key] is None]
+    assert log[-1]["diversity_feature"] > 0.7
+
+
+SHORT = ("--schedule.total_kimg", "2.5", "--log.tick_kimg", "0.256")
+
+
+def test_a_g_that_hardly_learns_leaves_d_to_win(sets: Path, children: Children, tmp_path: Path) -> None:
+    words = ("--optim.lr", "0.000002", "--optim.lr_d", "0.002", "--loss.r1_gamma", "0.1")
+    assert trained(children, MANY, sets / "many", tmp_path, *words, *SHORT)[1] == ["D overpowering"]
+    # The relativistic pairs have no zero that a logit could be above.
+    loss = ("--loss.kind", "relativistic")
+    assert trained(children, MANY, sets / "many", tmp_path / "pairs", *words, *SHORT, *loss)[1] == []
+
+
+def test_a_d_that_is_held_flat_gives_g_nothing(sets: Path, children: Children, tmp_path: Path) -> None:
+    found = trained(children, MANY, sets / "many", tmp_path, "--loss.r1_gamma", "100000", *SHORT)[1]
+    assert found == ["vanishing G"]
+
+
+def train_with_a_dead_layer(config: str, run: str, *words: str) -> int:
+    """Train a G whose pictures of 16² begin black, at a rate at which they stay so."""
+    from hrgan.networks.progan import Generator
+
+    original = Generator.initial
+
+    def initial(self: Generator, name: str, parameter: torch.nn.Parameter) -> tuple[float, float]:
+        return (0.0, 0.0) if name.startswith("to_rgb.16.") else original(self, name, parameter)
+
+    Generator.initial = initial  # type: ignore[method-assign]
+    return train(config, run, *words)
+
+
+def test_new_layers_that_draw_nothing_are_a_dead_fade(sets: Path, children: Children, tmp_path: Path) -> None:
+    words = (
+        *("--network.grow", "true", "--schedule.start_resolution", "8", "--log.tick_kimg", "0.256"),
+        *("--schedule.stable_kimg", "1.28", "--schedule.fade_kimg", "2.56", "--schedule.total_kimg", "3.08"),
+        *("--optim.lr", "{4: 0.003, 16: 1.0e-9}"),
+    )
+    _, found, log = trained(children, MANY, sets / "many", tmp_path, *words, program=train_with_a_dead_layer)
+    # In the end all of its pictures are as grey.
+    assert found in (["dead fade"], ["dead fade", "mode collapse"])
+    row = next(row for row in log if row.get("warnings"))
+    assert row["alpha"] == pytest.approx(0.7)  # The third tick from the middle on.
+
+
+# The log
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("--network.family", "dcgan", "--schedule.start_resolution", "8", "--loss.kind", "logistic")],
+    ids=["progan", "dcgan with batch statistics"],
+)
+def test_training_does_not_notice_the_signs(
+    words: tuple[str, ...], tiny: Path, labelled: Path, children: Children, tmp_path: Path
+) -> None:
+    more = {"with": ("--log.max_share", "1", "--data.held_out", str(labelled)), "without": ()}
+    for name, extra in more.items():
+        code, output = children.run(tmp_path / "log", train, str(tiny), str(tmp_path / name), *words, *extra)
+        assert code == 0, output
+    a, b = final_tensors(tmp_path / "with"), final_tensors(tmp_path / "without")
+    assert all(torch.equal(a[name], b[name]) for name in a.keys() | b.keys())
+    with_signs, without = (records(tmp_path / name, "log.jsonl", (*TIMES, "warnings")) for name in more)
+    assert [{**row, **dict.fromkeys(SIGNS)} for row in with_signs] == without
+    assert not [key for row in with_signs for key in SIGNS if row[key] is None]
+
+
+def test_the_log_has_the_values_that_decided_a_step(tiny: Path, children: Children, tmp_path: Path) -> None:
+    words = (
+        *("--ramp.kimg", "0.16", "--ramp.lr", "0.1", "--ramp.gamma", "0.5", "--ramp.beta2", "0.9"),
+        *("--ramp.ema_kimg", "5", "--ramp.augment", "0.5", "--augment.ops", "[flip]", "--loss.kind", "logistic"),
+    )
+    code, output = children.run(tmp_path / "log", train, str(tiny), str(tmp_path / "run"), *words)
+    assert code == 0, output
+    log = records(tmp_path / "run", "log.jsonl")
+    config = from_dict(read_yaml(tmp_path / "run" / "config.yaml"))
+    for row in log:
+        expected = rates(config, make_schedule(config).at(row["nimg"] - 16), row["nimg"] - 16)
+        for key in ("lr_g", "lr_d", "r1_gamma", "r2_gamma", "beta2", "ema_kimg"):
+            assert row[key] == getattr(expected, key)
+        assert row["augment_strength"] == pytest.approx(expected.augment)
+    assert log[0]["lr_g"] == 0.001
+    assert log[-1]["lr_g"] < 0.0002
+    # No signs were asked for (TINY), none are there.
+    assert all(row[key] is None for row in log for key in SIGNS)
+
+
+def test_a_run_that_goes_on_has_the_log_of_one_that_was_not_stopped(
+    tiny: Path, labelled: Path, children: Children, tmp_path: Path
+) -> None:
+    words = ("--log.max_share", "1", "--data.held_out", str(labelled))
+    for name, totals in (("whole", ("0.16",)), ("halves", ("0.096", "0.16"))):
+        for total in totals:
+            more = (*words, "--schedule.total_kimg", total)
+            code, output = children.run(tmp_path / "log", train, str(tiny), str(tmp_path / name), *more)
+            assert code == 0, output
+    assert records(tmp_path / "halves", "log.jsonl", TIMES) == records(tmp_path / "whole", "log.jsonl", TIMES)
+
+
+@pytest.mark.slow
+def test_two_processes_log_the_signs_of_one(tiny: Path, labelled: Path, children: Children, tmp_path: Path) -> None:
+    words = ("--log.max_share", "1", "--data.held_out", str(labelled))
+    for world in (1, 2):
+        run = str(tmp_path / str(world))
+        code, output = children.run(tmp_path / "log", train, str(tiny), run, *words, world=world)
+        assert code == 0, output
+    for one, two in zip(*(records(tmp_path / name, "log.jsonl") for name in ("1", "2")), strict=True):
+        assert [two[key] for key in SIGNS] == pytest.approx([one[key] for key in SIGNS], rel=1e-3, abs=1e-4)
+
+
+def test_signs_that_would_take_more_than_their_share_are_left_out() -> None:
+    checkup = Checkup(Config(), None, None, None, spent=1.0, took=0.5)  # type: ignore[arg-type]  # It measures nothing.
+    assert [checkup.affordable(seconds, hurried=False) for seconds in (74.9, 75.1)] == [False, True]  # Of 2 %.
+    checkup.config = Config(log=LogConfig(max_share=0))
+    assert not checkup.affordable(1e9, hurried=False)
+    checkup.config = Config(log=LogConfig(max_share=1))
+    assert checkup.affordable(0.1, hurried=False)
+    assert checkup.affordable(0.1, hurried=True)
+    checkup.took = 1.5
+    assert not checkup.affordable(0.1, hurried=True)
+
+
+def test_a_run_goes_on_without_saying_again_what_it_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    run: Any = SimpleNamespace(config=Config(loss=LossConfig(kind="logistic")), say=said.append)
+    log = RunLog(tmp_path, 0, tensorboard=False)
+    for n, row in enumerate(rows(5) + rows(PERSISTS + 4, **SICK["vanishing G"])):
+        row |= {"nimg": n, "kimg": n / 1000, "img_per_sec": 1.0, "data_wait": 0.0, "loss_d": 1.0, "loss_g": 1.0}
+        log.tick(row | warn_of_sickness(run, log, row), False, 1.0, 0.0)
+        if n in (8, 9):
+            log = RunLog(tmp_path, n, tensorboard=False)
+    assert [before.get("warnings") for before in log.rows] == [None] * 7 + [["vanishing G"]] + [None] * 4
+    (line,) = said
+    assert line.startswith("warning: vanishing G: G's gradient norm is 0.02, ")
+    assert line.endswith("; a lower loss.r1_gamma (its scale grows with the number of pixels), or loss.kind wgan-gp")
+    # Where it goes back to before the warning, it is given again.
+    log = RunLog(tmp_path, 5, tensorboard=False)
+    assert len(log.rows) == 6
+
+
+# Held-out pictures
+
+
+@pytest.mark.parametrize(
+    ("built", "words", "expected"),
+    [
+        ({}, (), "is what the run is trained on; split the source: hrgan data build SRC OUT --share 0:0.9"),
+        ({"channels": 1}, (), "has channels 1, but"),
+        ({"resolution": 16}, ("--network.resolution", "32"), "was built up to 16; build it with --resolution 32"),
+        ({"labels": "folder"}, ("--network.condition", "projection"), "has classes ['0', '1'], but"),
+    ],
+    ids=["the same", "grey", "small", "classes"],
+)
+def test_held_out_pictures_that_do_not_fit_are_refused(
+    built: dict[str, Any],
+    words: tuple[str, ...],
+    expected: str,
+    tiny: Path,
+    labelled: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    held_out, source = tmp_path / "held-out", "drawn:96"
+    if "labels" in built:
+        for number in range(8):
+            (tmp_path / "source" / str(number % 2)).mkdir(parents=True, exist_ok=True)
+            draw(number, 0, 32).save(tmp_path / "source" / str(number % 2) / f"{number}.png")
+        source = str(tmp_path / "source")
+    build(source, held_out, **{"resolution": 32, "workers": 1, "shard_samples": 40, "name": "drawn"} | built)
+    capsys.readouterr()
+    data = ("--data.path", str(labelled)) if "labels" in built else ()
+    run = ("--run", str(tmp_path / "run"), "--data.held_out", str(held_out), "--network.widths", "[8, 8, 8, 8]")
+    assert cli("train", "--config", str(tiny), *data, *run, *words) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("hrgan: "))
+    assert line.startswith(f"hrgan: data.held_out: {held_out} ")
+    assert expected in line
+
+
+def test_held_out_pictures_that_are_not_there_are_refused(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli("train", "--config", str(tiny), "--data.held_out", str(tmp_path / "none")) == 4
+    assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["logistic", "hinge"])
+def test_the_losses_with_a_zero_know_a_d_that_has_won(kind: str) -> None:
+    assert names(rows(10) + rows(PERSISTS, **SICK["D overpowering"]), kind) == ["D overpowering"]
+
+
+def test_ticks_without_the_signs_are_passed_over() -> None:
+    sick = rows(PERSISTS, **SICK["mode collapse"])
+    unknown = rows(4, diversity_feature=None, duplicates=None)
+    assert names([*rows(10), sick[0], *unknown, sick[1], *unknown, sick[2]]) == ["mode collapse"]
+    assert names([*rows(10), sick[0], *unknown, sick[1], *unknown, sick[2], *unknown]) == []  # It was judged before.
+    assert names([*rows(10), sick[0], *unknown, *rows(1), sick[1], sick[2]]) == []

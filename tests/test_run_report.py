@@ -389,6 +389,25 @@ def test_each_warning_appears_where_its_cause_is_and_alone(tmp_path: Path, about
     assert re.findall('<li data-about="([^"]*)">', page(run).source) == [about]
 
 
+def test_the_training_s_warnings_are_shown_once_with_where_they_began_and_a_remedy(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run")
+    rows = [
+        log_row(10_000),
+        log_row(20_000, warnings=["vanishing G"]),
+        log_row(30_000, warnings=["vanishing G", "D memorising"], augment_strength=0.3),
+        log_row(40_000, warnings=["x", 5, {}]),
+        log_row(50_000, warnings="none"),
+    ]
+    write_rows(run / "log.jsonl", rows)
+    found = cautions(read_record(run))
+    assert [(one.about, one.says) for one in found] == [
+        ("vanishing G", "Training warned of vanishing G, first at 20 kimg."),
+        ("D memorising", "Training warned of D memorising, first at 30 kimg."),
+    ]
+    assert "stronger augmentation" in found[1].remedy
+
+
+
 def test_without_a_cause_there_is_no_warning(tmp_path: Path) -> None:
     run = small_run(tmp_path / "run")
     assert cautions(read_record(run)) == []

@@ -13,6 +13,7 @@ from hrgan.errors import DataError
 from hrgan.metrics.rows import Row, best_row, main_metric, provenance, values
 from hrgan.monitor.curves import short
 from hrgan.monitor.groups import against, by_kind, less_is_better, metrics_of, stands_in
+from hrgan.monitor.health import REMEDIES, remedy
 from hrgan.monitor.record import Record, number
 from hrgan.page import plural
 
@@ -83,6 +84,20 @@ def _training(record: Record) -> Iterator[Caution]:
             "the log shows the last course only.",
             "Start a run with a lower optim.lr, which needs none.",
         )
+    yield from _warned(record)
+
+
+def _warned(record: Record) -> Iterator[Caution]:
+    """Each of the training's own warnings, once, where it was first given."""
+    met = set()
+    for row in record.log:
+        names = row.get("warnings")
+        for name in names if isinstance(names, list) else ():
+            if isinstance(name, str) and name in REMEDIES and name not in met:
+                met.add(name)
+                says = f"Training warned of {name}, first at {short(row['nimg'] / 1000, 6)} kimg."
+                help_ = remedy(name, row)
+                yield Caution(name, says, f"{help_[0].upper()}{help_[1:]}.")
 
 
 def _waiting(record: Record) -> Iterator[Caution]:

@@ -2,7 +2,7 @@
 
 Every limit was chosen by small runs on the drawn set (ProGAN to 16², batch 32, 3 to 48 ticks of 1 kimg, logistic loss),
 one healthy and several made sick on purpose; what these showed stands beside it. "Healthy" is the one with R1 and equal
-learning rates, 30 kimg. No dead fade and no finished memorising came of them: those limits are by what they mean.
+learning rates, 30 kimg. The tests make each sickness happen anew, in runs of 2 to 7 kimg at 16².
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def _octave(x: Tensor) -> Tensor:
 # Warnings
 
 PERSISTS = 3
-"""Ticks of one phase in a row that must show it: a healthy run has single odd ticks at growth."""
+"""Ticks of one phase in a row, of those that have the values, that must show it: a healthy run has single odd ticks at
+growth."""
 GRACE = 4
 """First ticks of a run that count for nothing: G's first pictures are noise, which D tells from reals at once (in the
 healthy run D called 100 % of the fakes and 97 % of the reals right, in one tick each)."""
@@ -83,24 +84,25 @@ REACH = GRACE + PERSISTS
 SEPARATED = 0.9
 """Least mean sign of D's logits on reals, and of minus those on fakes, where D has won. Healthy: at most 0.74 on both
 sides; a G that learns 1000 times slower: 0.94 to 1.00 from the second tick on; D at 20 times the rate: at most 0.85."""
-DIVERSE = 0.5
-"""Least diversity_feature of a G that has not collapsed. Healthy: never below 0.71. G at 15 times its rate and D at a
-third: 0.49, 0.31, 0.21, 0.18 in the ticks from the third on. No R1: 0.40 for six ticks at 8², in which all of the raw
+DIVERSE = 0.25
+"""Least diversity_feature of a G that has not collapsed. Healthy: never below 0.71, but a young one whose pictures are
+still pale 0.26 to 0.5 for 5 kimg after it has grown. G at 15 times its rate and D at a third: 0.49, 0.31, 0.21, 0.18 in
+the ticks from the third on, 0.07 and less in the end. No R1: 0.40 for six ticks at 8², in which all of the raw
 G's pictures were duplicates for a while, and back to 1. Not of pixels, which noise keeps apart (above 1 with a D that
 says nothing)."""
 DUPLICATES = 0.4
-"""Most duplicates. Healthy at most 0.08, without R1 0.17; of few clusters, far from each other, the mean distance says
-nothing."""
+"""Most duplicates. Healthy at most 0.08, without R1 0.17, 0.38 where G draws the eight pictures of its set; of few
+clusters, far from each other, the mean distance says nothing."""
 MEMORISED = 0.5
 """Of the way from D's training reals to the fakes: held-out reals beyond are, to D, more like fakes (0: no overfitting,
 1: all of it; Karras et al. 2020, arXiv 2006.06676, r_v of equation 1). Healthy: a median of at most 0.06 over five
-ticks, a set of 20 pictures 0.17 after only 8 kimg."""
+ticks, a set of 20 pictures 0.17 after only 8 kimg, of eight over 1 from 1.5 kimg on."""
 VANISHED = 0.05
 """Of D's gradient norm: G's below that does not move it. Healthy 0.41 to 2.0; a D held flat by an R1 of 100,000: at
-most 0.04."""
+most 0.04, in ticks of at least loss.r1_every steps."""
 DETAILED = 0.05
-"""Least detail from the second half of a fade on. Healthy 0.52 and more, the blurriest sick run 0.35; nothing drawn is
-0."""
+"""Least detail from the second half of a fade on. Healthy 0.52 and more, the blurriest sick run 0.35; layers that draw
+nothing 0.00."""
 
 
 class Warning(NamedTuple):
@@ -113,27 +115,43 @@ class Warning(NamedTuple):
     remedy: str
 
 
+SIGNED = ("logistic", "hinge")
+"""Of loss.kind, those whose D calls a picture real above 0 and generated below. Least squares draws the line at 1/2, a
+Wasserstein critic and the relativistic pairs have none."""
+REMEDIES = {
+    "mode collapse": "a lower optim.lr, or a higher loss.r1_gamma; go on from a checkpoint before it",
+    "D overpowering": "a lower optim.lr_d, or a higher loss.r1_gamma; see that G learns at all (optim.lr)",
+    "D memorising": "more pictures, data.mirror, augmentation or a higher loss.r1_gamma; a shorter run",
+    "vanishing G": "a lower loss.r1_gamma (its scale grows with the number of pixels), or loss.kind wgan-gp",
+    "dead fade": "a higher optim.lr at this resolution, or a longer schedule.fade_kimg",
+}
+
+
+def remedy(name: str, row: Row) -> str:
+    """What helps against what was warned of by a row."""
+    stronger = name == "D memorising" and row.get("augment_strength")
+    return REMEDIES[name].replace("augmentation", "stronger augmentation") if stronger else REMEDIES[name]
+
+
 def warnings(history: Sequence[Row], row: Row, loss: str = "logistic") -> list[Warning]:
-    """What is wrong with a run by the tick `row` and those before it, the oldest first (REACH - 1 are enough, fewer say
-    nothing). loss: as of loss.kind. Not of a phase's first PERSISTS - 1 ticks.
+    """What is wrong with a run by the tick `row` and those before it, the oldest first (where each has all values
+    REACH - 1 are enough, fewer say nothing). loss: as of loss.kind. Not of a phase's first PERSISTS - 1 ticks.
 
     Rows are those of log.jsonl with vital_signs (of the EMA), sign_real and sign_fake (mean sign of D's logits in the
     steps), grad_norm_g, grad_norm_d (means over the steps), and logit_held_out and logit_seen: D's mean logit, both at
     the tick, of as many held-out reals and of reals that it trains on (its offset wanders from step to step: no mean
-    over steps can be compared). What rows lack, or have as None, is not judged.
+    over steps can be compared). What `row` lacks, or has as None, is not judged; rows before it without it
+    are passed over.
     """
-    rows = [*history, row][-REACH:]
-    last = rows[-PERSISTS:]
-    if len(rows) < REACH or any(other["phase"] != row["phase"] for other in last):
-        return []
-    found = (
-        _collapse(last),
-        _overpowering(last) if loss == "logistic" else None,  # A Wasserstein critic's zero means nothing.
-        _memorising(last),
-        _vanishing(last),
-        _dead_fade(last),
-    )
-    return [warning for warning in found if warning is not None]
+    rows = [other for other in [*history, row][GRACE:] if other["phase"] == row["phase"]]
+    found = {
+        "mode collapse": _collapse(rows),
+        "D overpowering": _overpowering(rows) if loss in SIGNED else None,
+        "D memorising": _memorising(rows),
+        "vanishing G": _vanishing(rows),
+        "dead fade": _dead_fade(rows),
+    }
+    return [Warning(name, says, remedy(name, row)) for name, says in found.items() if says is not None]
 
 
 def unsaid(found: Sequence[Warning], phase: int, said: set[tuple[int, str]]) -> list[Warning]:
@@ -144,42 +162,36 @@ def unsaid(found: Sequence[Warning], phase: int, said: set[tuple[int, str]]) -> 
 
 
 def _of(rows: Sequence[Row], *keys: str) -> list[tuple[float, ...]] | None:
-    """The numbers of each row; None where one is missing or not finite."""
-    found = [[number(row.get(key)) for key in keys] for row in rows]
-    values = [tuple(value for value in row if value is not None) for row in found]
-    return values if all(len(row) == len(keys) for row in values) else None
+    """The numbers of the last PERSISTS rows that have them all; None where the last has not, or there are fewer."""
+    found = [tuple(value for key in keys if (value := number(row.get(key))) is not None) for row in rows]
+    if not found or len(found[-1]) < len(keys):
+        return None
+    whole = [values for values in found if len(values) == len(keys)][-PERSISTS:]
+    return whole if len(whole) == PERSISTS else None
 
 
-def _collapse(rows: Sequence[Row]) -> Warning | None:
+def _collapse(rows: Sequence[Row]) -> str | None:
     varied, alike = _of(rows, "diversity_feature"), _of(rows, "duplicates")
     said = []
     if varied is not None and all(share < DIVERSE for (share,) in varied):
         said.append(f"generated pictures differ from each other {varied[-1][0]:.2f} times as much as reals do")
     if alike is not None and all(share > DUPLICATES for (share,) in alike):
         said.append(f"{alike[-1][0]:.0%} of generated pictures have a near duplicate")
-    if not said:
-        return None
-    return Warning(
-        "mode collapse",
-        f"{' and '.join(said)}, {len(rows)} ticks in a row",
-        "a lower optim.lr, or a higher loss.r1_gamma; go on from a checkpoint before it",
-    )
+    return f"{' and '.join(said)}, {PERSISTS} ticks in a row" if said else None
 
 
-def _overpowering(rows: Sequence[Row]) -> Warning | None:
+def _overpowering(rows: Sequence[Row]) -> str | None:
     signs = _of(rows, "sign_real", "sign_fake")
     if signs is None or not all(min(real, -fake) >= SEPARATED for real, fake in signs):
         return None
     real, fake = signs[-1]
-    return Warning(
-        "D overpowering",
-        f"D tells {(1 + real) / 2:.1%} of reals and {(1 - fake) / 2:.1%} of generated pictures right, {len(rows)} "
-        "ticks in a row: G learns nothing from it",
-        "a lower optim.lr_d, or a higher loss.r1_gamma; see that G learns at all (optim.lr)",
+    return (
+        f"D tells {(1 + real) / 2:.1%} of reals and {(1 - fake) / 2:.1%} of generated pictures right, {PERSISTS} ticks "
+        "in a row: G learns nothing from it"
     )
 
 
-def _memorising(rows: Sequence[Row]) -> Warning | None:
+def _memorising(rows: Sequence[Row]) -> str | None:
     logits = _of(rows, "logit_seen", "logit_held_out", "logit_real", "logit_fake")
     # Where D tells reals from fakes by nothing, there is no way to be a share of.
     if logits is None or not all(real > fake for _, _, real, fake in logits):
@@ -187,37 +199,28 @@ def _memorising(rows: Sequence[Row]) -> Warning | None:
     shares = [(seen - held_out) / (real - fake) for seen, held_out, real, fake in logits]
     if min(shares) <= MEMORISED:
         return None
-    stronger = " stronger" if rows[-1].get("augment_strength") else ""
-    return Warning(
-        "D memorising",
+    return (
         f"to D, held-out reals are {shares[-1]:.0%} of the way from the reals it trains on to generated pictures, "
-        f"over {MEMORISED:.0%} for {len(rows)} ticks",
-        f"more pictures, data.mirror,{stronger} augmentation or a higher loss.r1_gamma; a shorter run",
+        f"over {MEMORISED:.0%} for {PERSISTS} ticks"
     )
 
 
-def _vanishing(rows: Sequence[Row]) -> Warning | None:
+def _vanishing(rows: Sequence[Row]) -> str | None:
     norms = _of(rows, "grad_norm_g", "grad_norm_d")
     if norms is None or not all(g < VANISHED * d for g, d in norms):
         return None
     g, d = norms[-1]
-    return Warning(
-        "vanishing G",
-        f"G's gradient norm is {g:.2g}, {g / d:.1g} of D's, {len(rows)} ticks in a row: D is flat where G's pictures "
-        "are",
-        "a lower loss.r1_gamma (its scale grows with the number of pixels), or loss.kind wgan-gp",
-    )
+    return f"G's gradient norm is {g:.2g}, {g / d:.1g} of D's, {PERSISTS} ticks in a row: D is flat where G draws"
 
 
-def _dead_fade(rows: Sequence[Row]) -> Warning | None:
+def _dead_fade(rows: Sequence[Row]) -> str | None:
     """A block that begins at zero may draw nothing at first."""
     detail = _of(rows, "detail", "alpha")
-    fading = all(row.get("fading", row["alpha"] < 1) for row in rows)
-    if detail is None or not fading or not all(energy < DETAILED and alpha >= 0.5 for energy, alpha in detail):
+    if detail is None or not all(energy < DETAILED and alpha >= 0.5 for energy, alpha in detail):
         return None
-    return Warning(
-        "dead fade",
+    if not rows[-1].get("fading", detail[-1][1] < 1):
+        return None
+    return (
         f"generated pictures have {detail[-1][0]:.1%} of the reals' detail at {rows[-1]['resolution']}, "
-        f"{detail[-1][1]:.0%} into its fade: the new layers draw nothing",
-        "a higher optim.lr at this resolution, or a longer schedule.fade_kimg",
+        f"{detail[-1][1]:.0%} into its fade: the new layers draw nothing"
     )

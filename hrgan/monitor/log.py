@@ -26,6 +26,8 @@ class RunLog:
 
     def __init__(self, run: Path, nimg: int, tensorboard: bool, grid: Sequence[int] = (4, 4)) -> None:
         self.run, self.grid = run, grid
+        self.rows: list[Row] = []
+        """Of log.jsonl, as far as it goes now."""
         self.go_back(nimg)
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
@@ -41,6 +43,7 @@ class RunLog:
         """Drop the rows after `nimg`."""
         for name in ("log.jsonl", "metrics.jsonl"):
             drop_after(self.run / name, nimg)
+        self.rows = read_rows(self.run / "log.jsonl")
 
     def say(self, line: str) -> None:
         """One line for a person."""
@@ -50,6 +53,7 @@ class RunLog:
     def tick(self, row: Row, fading: bool, total_kimg: float, eta_seconds: float) -> None:
         """A row of log.jsonl, and the live line."""
         append(self.run / "log.jsonl", row)
+        self.rows.append(row)
         losses = "  ".join(
             f"{name} {'skipped' if row[key] is None else format(row[key], '.3f'):>7}"
             for name, key in (("D", "loss_d"), ("G", "loss_g"))
