@@ -305,6 +305,7 @@ def test_a_healthy_run_has_no_warning(sets: Path, children: Children, tmp_path: 
 SHORT = ("--schedule.total_kimg", "2.5", "--log.tick_kimg", "0.256")
 
 
+@pytest.mark.slow
 def test_a_g_that_hardly_learns_leaves_d_to_win(sets: Path, children: Children, tmp_path: Path) -> None:
     words = ("--optim.lr", "0.000002", "--optim.lr_d", "0.002", "--loss.r1_gamma", "0.1")
     assert trained(children, MANY, sets / "many", tmp_path, *words, *SHORT)[1] == ["D overpowering"]
@@ -313,6 +314,7 @@ def test_a_g_that_hardly_learns_leaves_d_to_win(sets: Path, children: Children, 
     assert trained(children, MANY, sets / "many", tmp_path / "pairs", *words, *SHORT, *loss)[1] == []
 
 
+@pytest.mark.slow
 def test_a_d_that_is_held_flat_gives_g_nothing(sets: Path, children: Children, tmp_path: Path) -> None:
     found = trained(children, MANY, sets / "many", tmp_path, "--loss.r1_gamma", "100000", *SHORT)[1]
     assert found == ["vanishing G"]
@@ -331,6 +333,7 @@ def train_with_a_dead_layer(config: str, run: str, *words: str) -> int:
     return train(config, run, *words)
 
 
+@pytest.mark.slow
 def test_new_layers_that_draw_nothing_are_a_dead_fade(sets: Path, children: Children, tmp_path: Path) -> None:
     words = (
         *("--network.grow", "true", "--schedule.start_resolution", "8", "--log.tick_kimg", "0.256"),
@@ -386,6 +389,7 @@ def test_the_log_has_the_values_that_decided_a_step(tiny: Path, children: Childr
     assert all(row[key] is None for row in log for key in SIGNS)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_the_log_of_one_that_was_not_stopped(
     tiny: Path, labelled: Path, children: Children, tmp_path: Path
 ) -> None:

@@ -162,7 +162,7 @@ def test_imports_point_down_only() -> None:
         {"zero"},
         {"engine", "data", "monitor", "metrics"},
         {"checkpoint"},
-        {"rundir", "adopt"},
+        {"rundir", "adopt", "checkup"},
         {"run"},
         {"train"},
         {"apps"},
