@@ -126,8 +126,11 @@ class Children:
             child.start()
             children.append(child)
         for child in children:
-            child.join(240)
-            assert child.exitcode is not None, "a child process hangs"
+            child.join(480)  # The longest takes 60 s alone on two cores.
+            if child.exitcode is None:
+                for hanging in children:
+                    hanging.kill()
+            assert child.exitcode is not None, f"a child process hangs\n{output.read_text()}"
         self.codes = [child.exitcode for child in children]
         return children[0].exitcode, output.read_text()
 

@@ -182,6 +182,7 @@ ROUNDING = 2e-6
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # The first of an engine trains its whole matrix, on a busy machine for minutes.
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("loss", "precision", "micros"), MATRIX)
 def test_two_processes_train_like_one(
