@@ -41,6 +41,7 @@ from hrgan.metrics.frechet import (
     infinity_error,
 )
 from hrgan.metrics.neighbours import nearest
+from hrgan.metrics.ppl import path_length
 from hrgan.metrics.rows import best_row, provenance, values
 from hrgan.metrics.source import (
     PLAIN,
@@ -232,7 +233,6 @@ def test_every_metric_equals_torch_fidelity_s_own_on_one_and_on_two_processes(
 def lengths(shards: str, out: str) -> int:
     """The path length of a small generator by LPIPS, in the processes that this is called in."""
     from hrgan.engine import join
-    from hrgan.metrics.ppl import path_length
 
     rank, world, _ = join()
     config = small(Path(shards), num_fake=19, batch=8, metrics=["ppl"])
@@ -634,6 +634,17 @@ def test_an_evaluation_s_progress_only_grows_path_length_included(shards: Path) 
     assert shares == sorted(shares)
     assert max(shares[:-9]) < 0.5 <= shares[-9]
     assert shares[-1] == pytest.approx((1 + 8 / 9) / 2)
+
+
+def test_path_lengths_of_other_shapes_are_not_compared(shards: Path) -> None:
+    rows = []
+    for grid in ([4, 4], [4, 6]):
+        config = small(shards, metrics=["ppl"], num_fake=4)
+        config = replace(config, network=replace(config.network, grid=grid))
+        generator = make_generator(config, 16, False, None).eval()
+        rows.append(path_length(config, generator, 1.0, 16, random_conv(), False, Ranks()))
+    assert [row["resize"] for row in rows] == ["bilinear-antialias-64", "bilinear-antialias-64 of 16x24"]
+    assert provenance(rows[0]) != provenance(rows[1])
 
 
 # Statistics of the reals

@@ -19,6 +19,7 @@ from hrgan.metrics.features import Ranks, go_on
 from hrgan.metrics.rows import Row
 from hrgan.networks import full_precision, style
 from hrgan.pictures import to_rgb
+from hrgan.sizes import size_text
 
 EPSILON = 1e-4
 LATENT_SEED = 2020
@@ -67,13 +68,16 @@ def path_length(
         return {}
     value, error = reduced(everyone.numpy())
     key = "ppl" if lpips else f"ppl_{extractor.short}"
+    rows, columns = config.network.grid
+    shape = f" of {size_text(config.network.grid, resolution)}" if rows != columns else ""
     return {
         "resolution": resolution,
         key: value,
         f"{key}_error": error,
         "extractor": name,
         "extractor_sha256": digest,
-        "resize": f"area or bilinear {SIDE}" if lpips else extractor.resize,
+        # No hash of reals says the shape here, which a resolution alone does not.
+        "resize": (f"area or bilinear {SIDE}" if lpips else extractor.resize) + shape,
         "num_fake": count,
         "num_real": 0,
         "real_set": "",
