@@ -199,7 +199,7 @@ def _labels(curve: Curve, metric: str) -> list[Label]:
 # The table
 
 
-STATED = (*PROVENANCE, "seed", "labels", "seconds")
+STATED = (*PROVENANCE, "seed", "seconds")
 
 
 def _rows(record: Record) -> str:
