@@ -72,6 +72,11 @@ class Pair:
     device: torch.device
 
     @cached_property
+    def finite(self) -> tuple[bool, bool]:
+        """Whether the features of generated and of real pictures are all numbers."""
+        return self.fakes.all.finite(), self.reals.all.finite()
+
+    @cached_property
     def projected(self) -> list[Projected]:
         """The groups of generated pictures, for many distances to the reals."""
         return [self.reals.reference.project(group) for group in self.fakes.groups]
@@ -368,8 +373,8 @@ def measure(
 
 def not_finite(pair: Pair) -> str | None:
     """Why there is no distance between two sides; None where there is."""
-    for source, features in ((pair.fake, pair.fakes), (pair.real, pair.reals)):
-        if not features.all.finite():
+    for source, finite in zip((pair.fake, pair.real), pair.finite, strict=True):
+        if not finite:
             return (
                 f"{source.where}: features that are NaN or infinite, so there is no number: its pictures are, as those "
                 "of a broken checkpoint, or the extractor makes them so; take another checkpoint or eval.extractor"
@@ -392,7 +397,6 @@ def numbers_of(pair: Pair, extractor: Extractor) -> Row:
     """The metrics by name with their errors and floors. None for each number where pictures are not finite, as there is
     no distance to them, and where too many of them could not be read; such numbers are never the best."""
     found: Row = {}
-    finite = not_finite(pair) is None
     fake, real = Side(pair.fake.where, pair.fakes.count), Side(pair.real.where, pair.reals.count)
     for metric, (compute, names) in METRICS.items():
         if metric != "fid" and metric not in pair.settings.metrics:  # It decides which checkpoint is best.
@@ -403,9 +407,9 @@ def numbers_of(pair: Pair, extractor: Extractor) -> Row:
             problem = too_few(metric, pair.settings, fake, real)
             if problem is not None:
                 print(f"no {problem}", file=sys.stderr)
-            elif metric in FLOORED and pair.reals.all.finite():
+            elif metric in FLOORED and pair.finite[1]:
                 floors = floors_of(pair, metric)
-            if problem is None and finite:
+            if problem is None and all(pair.finite):
                 numbers = compute(pair)
                 found |= details_of(pair, metric, extractor)
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]

@@ -112,8 +112,9 @@ def extract(
         pause(number / rounds)
         try:
             for part in islice(parts, 1 if number < rounds - 1 else None):  # A source may give smaller parts.
-                say_bad(part.bad[: max(0, NAMED - int(lost[0]))])
-                lost[0] += len(part.bad)
+                if part.bad:  # Counting them reads from the device.
+                    say_bad(part.bad[: max(0, NAMED - int(lost[0]))])
+                    lost[0] += len(part.bad)
                 kept.append(_add(found, extractor, source, part, rows, scores))
         except HrganError as error:  # Raised below, on all processes: none may wait for one that has left.
             failure, lost[1], parts = error, 1, iter(())

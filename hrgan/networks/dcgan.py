@@ -19,8 +19,10 @@ from hrgan.networks.layers import (
     at_least_float32,
     downsample,
     joined,
+    logits_per_image,
     lrelu,
     project,
+    projection,
     rgb_sizes,
     sizes,
     upsample,
@@ -172,10 +174,8 @@ class Discriminator(nn.Module):
             here, below = width(config, size // 2), width(config, size // 4)
             conv = nn.Conv2d(here, below, 4, stride=2, padding=1, bias=False)
             self.blocks[str(size)] = nn.ModuleDict({"conv": conv, "norm": BatchNorm(below)})
-        heads = 1 + (config.num_classes if config.condition == "acgan" else 0)
-        self.logit = nn.Conv2d(width(config, 4), heads, (config.grid[0], config.grid[1]), bias=False)
-        projects = config.condition == "projection" and config.num_classes > 0
-        self.embedding = ClassEmbedding(config.num_classes, width(config, 4)) if projects else None
+        self.logit = nn.Conv2d(width(config, 4), logits_per_image(config), (config.grid[0], config.grid[1]), bias=False)
+        self.embedding = projection(config, width(config, 4))
 
     def initial(self, name: str, parameter: nn.Parameter) -> tuple[float, float]:
         """Mean and standard deviation of a parameter's initial numbers."""

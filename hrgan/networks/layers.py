@@ -128,6 +128,17 @@ class ClassEmbedding(nn.Module):
         return F.embedding(labels, self.weight)
 
 
+def logits_per_image(config: NetworkConfig) -> int:
+    """Of a discriminator: one, and a score for each class with the auxiliary classifier."""
+    return 1 + (config.num_classes if config.condition == "acgan" else 0)
+
+
+def projection(config: NetworkConfig, length: int) -> ClassEmbedding | None:
+    """What a projection discriminator multiplies features of this length by; None without one."""
+    projects = config.condition == "projection" and config.num_classes > 0
+    return ClassEmbedding(config.num_classes, length) if projects else None
+
+
 def joined(z: Tensor, embedding: nn.Module | None, labels: Tensor | None) -> Tensor:
     """z: (N, L) -> (N, L) without classes, (N, 2 L) with the labels' embedding beside it."""
     return z if embedding is None else torch.cat([z, embedding(labels)], dim=1)

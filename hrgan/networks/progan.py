@@ -19,9 +19,11 @@ from hrgan.networks.layers import (
     downsample,
     joined,
     logits_of,
+    logits_per_image,
     lrelu,
     minibatch_stddev,
     pixel_norm,
+    projection,
     rgb_sizes,
     scaled_initial,
     sizes,
@@ -117,10 +119,8 @@ class Discriminator(nn.Module):
         last = width(config, 4)
         self.blocks["4"] = nn.ModuleList([ScaledConv(last + 1, last, 3)])
         self.dense = ScaledLinear(last * config.grid[0] * config.grid[1], last)
-        heads = 1 + (config.num_classes if config.condition == "acgan" else 0)
-        self.logit = ScaledLinear(last, heads, gain=1)
-        projects = config.condition == "projection" and config.num_classes > 0
-        self.embedding = ClassEmbedding(config.num_classes, last) if projects else None
+        self.logit = ScaledLinear(last, logits_per_image(config), gain=1)
+        self.embedding = projection(config, last)
 
     def initial(self, name: str, parameter: nn.Parameter) -> tuple[float, float]:
         """Mean and standard deviation of a parameter's initial numbers."""

@@ -21,8 +21,10 @@ from hrgan.networks.layers import (
     filtered_downsample,
     filtered_upsample,
     joined,
+    logits_per_image,
     lrelu,
     project,
+    projection,
     rgb_sizes,
     sizes,
     upsample,
@@ -176,10 +178,9 @@ class Discriminator(nn.Module):
         )
         last = width(config, 4)
         self.basis = nn.Parameter(torch.empty(last, *config.grid))
-        projects = config.condition == "projection" and config.num_classes > 0
-        self.embedding = ClassEmbedding(config.num_classes, last) if projects else None
+        self.embedding = projection(config, last)
         # With classes the logit is the projection alone, of features of their own.
-        heads = last if projects else 1 + (config.num_classes if config.condition == "acgan" else 0)
+        heads = logits_per_image(config) if self.embedding is None else last
         self.logit = nn.Linear(last, heads, bias=False)
 
     def initial(self, name: str, parameter: nn.Parameter) -> tuple[float, float]:
