@@ -123,9 +123,11 @@ def r1_penalty(critic: Critic, real: Tensor, gamma: float, scale: Tensor | None 
     return gamma / 2 * input_gradient(critic, real, scale).square().sum((1, 2, 3)).mean()
 
 
-def finite_difference_penalty(critic: Critic, real: Tensor, noise: Tensor, sigma: float, gamma: float) -> Tensor:
+def finite_difference_penalty(
+    critic: Critic, real: Tensor, noise: Tensor, sigma: float, gamma: float, clean: Tensor | None = None
+) -> Tensor:
     """R1 without a double backward: gamma / 2 * E[((D(x + sigma e) - D(x)) / sigma)^2], e from N(0, I) (`noise`, of the
-    shape of `real`).
+    shape of `real`). clean: (N, 1) D(x), where it was computed in float32 before; None: it is computed here.
 
     With g and H the gradient and Hessian of D at x, one image's term is (g.e + sigma/2 e'He + ...)^2. Its mean is
     |g|^2 + sigma^2/4 (2 |H|_F^2 + (tr H)^2) + sigma^2 g.grad(tr H) + O(sigma^4): R1 with a bias that falls with
@@ -134,7 +136,10 @@ def finite_difference_penalty(critic: Critic, real: Tensor, noise: Tensor, sigma
     2 (error of D / sigma)^2: the critic must compute in float32. Where D mixes the images of a group (minibatch
     stddev), what other images' pixels do to an image's logit counts as part of its gradient.
     """
-    clean, noisy = critic(torch.cat([real, real + sigma * noise])).chunk(2)
+    if clean is None:
+        clean, noisy = critic(torch.cat([real, real + sigma * noise])).chunk(2)
+    else:
+        noisy = critic(real + sigma * noise)
     return gamma / 2 * ((noisy - clean) / sigma).square().mean()
 
 

@@ -112,7 +112,7 @@ def d_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Ten
             loss = loss + classified(config, real_out, micro) + classified(config, fake_out, micro)
             penalty = torch.zeros_like(loss)
             if now.penalty:
-                penalty = penalise(engine, config, micro, real, fake, now)
+                penalty = penalise(engine, config, micro, (real, real_logits), (fake, fake_logits), now)
                 loss = loss + now.penalty * penalty
             engine.backward(net, loss / len(micros))
         of_logits = (real_logits.mean(), fake_logits.mean(), penalty, sign(real_logits), sign(fake_logits))
@@ -176,7 +176,11 @@ def twisted(engine: Engine, config: Config, images: Tensor, micro: Micro, place:
     return augment.augment(images, numbers, strength, augment.expanded(config.augment.ops))
 
 
-def penalise(engine: Engine, config: Config, micro: Micro, real: Tensor, fake: Tensor, now: Now) -> Tensor:
+Judged = tuple[Tensor, Tensor]
+"""Pictures as D got them, and what it said of them."""
+
+
+def penalise(engine: Engine, config: Config, micro: Micro, real: Judged, fake: Judged, now: Now) -> Tensor:
     """The configured penalty through the bare D (see engine.py), at the pictures as D got them."""
     module, loss, scale = engine.discriminator.module, config.loss, engine.discriminator.adam.scale
 
@@ -187,15 +191,18 @@ def penalise(engine: Engine, config: Config, micro: Micro, real: Tensor, fake: T
         return logits
 
     if loss.kind == "wgan-gp":
-        return losses.gradient_penalty(critic, real, fake, micro.mix, loss.gp_lambda, loss.gp_target, scale)
-    total = real.new_zeros(())
-    for role, images, gamma in (("penalty", real, now.rates.r1_gamma), ("penalty r2", fake, now.rates.r2_gamma)):
+        return losses.gradient_penalty(critic, real[0], fake[0], micro.mix, loss.gp_lambda, loss.gp_target, scale)
+    total = real[0].new_zeros(())
+    gammas = (("penalty", real, now.rates.r1_gamma), ("penalty r2", fake, now.rates.r2_gamma))
+    for role, (images, logits), gamma in gammas:
         if gamma and loss.penalty == "exact":
             total = total + losses.r1_penalty(critic, images, gamma, scale)
         elif gamma:
             noise = pixel_noise(micro.chunks, images.shape[1:], images.device, config.seed, role)
+            # Differences of logits in half precision would be its rounding.
+            clean = logits if module.autocast is None else None
             with full_precision(module):
-                total = total + losses.finite_difference_penalty(critic, images, noise, loss.fd_sigma, gamma)
+                total = total + losses.finite_difference_penalty(critic, images, noise, loss.fd_sigma, gamma, clean)
     return total
 
 

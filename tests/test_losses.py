@@ -171,6 +171,25 @@ def test_finite_differences_of_a_linear_critic_estimate_r1_without_bias_and_with
     assert (weight.grad - 3 * W).norm() < 3 * W.norm() * (50 / len(images)) ** 0.5 * 2
 
 
+def test_finite_differences_take_logits_that_are_there_already() -> None:
+    config = Config(network=NetworkConfig(resolution=8, latent=8, widths=[8, 8]))
+    network, calls = make_discriminator(config, 8, False, None).double(), []
+
+    def critic(x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        logits: torch.Tensor = network(x, None, 1.0)
+        return logits
+
+    real, noise = (torch.randn(8, 3, 8, 8, dtype=torch.float64) for _ in range(2))
+    found = []
+    for clean in (None, network(real, None, 1.0)):
+        network.zero_grad()
+        losses.finite_difference_penalty(critic, real, noise, 0.01, 1.0, clean).backward()
+        found.append([parameter.grad.clone() for parameter in network.parameters()])
+    assert calls == [16, 8]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-12)
+
+
 def test_the_bias_of_finite_differences_is_as_stated_and_falls_with_sigma_squared() -> None:
     """D(x) = s |x|^2 / 2: gradient s x, Hessian s I, so the bias of one term is s^2 sigma^2 / 4 (2 n + n^2)."""
     s, n, count = 0.7, 48, 400_000
