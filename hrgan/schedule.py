@@ -202,17 +202,22 @@ def rates(config: Config, phase: Phase, nimg: int) -> Rates:
 
 def gammas(config: Config, resolution: int) -> tuple[float, float]:
     """Weights of R1 and R2 at a resolution, before a ramp; 0, 0 where the loss takes none."""
-    loss, (rows_, columns) = config.loss, config.network.grid
+    loss = config.loss
     if loss.kind == "wgan-gp":
         return 0.0, 0.0
-    pixels = rows_ * columns * (resolution // 4) ** 2
-    rule = GAMMA_RULE * pixels / at(config.schedule.batch, resolution)
-    r1 = rule if loss.r1_gamma is None else float(at(loss.r1_gamma, resolution))
+    r1 = ruled_gamma(config, resolution) if loss.r1_gamma is None else float(at(loss.r1_gamma, resolution))
     return r1, r1 if loss.r2_gamma is None else float(at(loss.r2_gamma, resolution))
 
 
 GAMMA_RULE = 0.0002
 """R1's weight for a pixel and a batch of one, StyleGAN2-ADA's rule of thumb (Karras et al. 2020, arXiv 2006.06676)."""
+
+
+def ruled_gamma(config: Config, resolution: int) -> float:
+    """R1's weight at a resolution by that rule."""
+    rows_, columns = config.network.grid
+    pixels = rows_ * columns * (resolution // 4) ** 2
+    return GAMMA_RULE * pixels / at(config.schedule.batch, resolution)
 
 
 def rows(schedule: Schedule, config: Config) -> list[dict[str, float | int | bool]]:
@@ -246,10 +251,13 @@ def table(schedule: Schedule, config: Config) -> str:
         f"{sum(p.steps for p in schedule.phases):,} steps, {schedule.nimg_total:,} images, Adam starts "
         f"{sum(p.resets_adam for p in schedule.phases)} times"
     )
-    if penalised and config.loss.r1_gamma is None:
+    if penalised:
+        ruled = config.loss.r1_gamma is None
+        last = ruled_gamma(config, schedule.phases[-1].resolution)
         lines.append(
-            f"R1 by the rule {GAMMA_RULE:g} x pixels / batch: a gradient's square is a sum over pixels, and a larger "
-            "batch needs less of it; then try loss.r1_gamma 4 times as large, for few images, or a quarter"
+            f"R1 {'is' if ruled else 'is given; it would be'} by the rule {GAMMA_RULE:g} x pixels / batch "
+            f"({last:.3g} in the last phase): a gradient's square is a sum over pixels, and a larger batch needs "
+            "less of it; then try 4 times as much, for few images, or a quarter"
         )
     if config.ramp.kimg:
         lines.append(f"ramp: {ramp_text(config)}")
