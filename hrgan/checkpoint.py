@@ -299,15 +299,26 @@ def saved_config(description: dict[str, Any]) -> Config:
     return from_dict(integer_keys(description["config"]))
 
 
+def _outgrown(best: Path, last: Path) -> bool:
+    """Whether the last checkpoint has finished growing to a resolution above the best one's: of short runs the higher
+    ones may never have been measured. A last one that cannot be read has outgrown nothing."""
+    try:
+        before, after = (json.loads((folder / "state.json").read_text()) for folder in (best, last))
+        grown: int = after["resolution"] // (2 if after["fading"] else 1)
+        return bool(grown > before["resolution"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
 def find(target: Path) -> Path:
-    """The checkpoint that a run directory (its best, else its newest) or a checkpoint folder means; UserError naming
-    what is wrong."""
+    """The checkpoint that a run directory (its best, or its newest where that has outgrown it) or a checkpoint folder
+    means; UserError naming what is wrong."""
     if (target / "state.json").exists() or target.name.isdigit():
         folder = target
     elif (target / "checkpoints").is_dir():
         best = target / "best"
         folder = target / "checkpoints" / (best.read_text().strip() if best.exists() else "none")
-        if fault(folder) is not None:
+        if fault(folder) is not None or _outgrown(folder, numbered(target)[0]):
             found = newest(target, lambda line: print(line, file=sys.stderr))
             if found is None:
                 raise UserError(f"{target}: no checkpoint yet; train it first")

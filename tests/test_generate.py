@@ -11,8 +11,11 @@ import pytest
 from PIL import Image
 
 from hrgan import checkpoint
+from hrgan.checkpoint import Progress
+from hrgan.config import Config
 from hrgan.data.dataset import Dataset, open_set
 from hrgan.data.stream import read_range
+from hrgan.engine import PARTS, State, Tensors
 from hrgan.monitor.log import append
 from hrgan.pictures import save_png, to_array
 from tests.conftest import TINY, Children, cli
@@ -117,3 +120,17 @@ def test_pruning_keeps_the_newest_the_best_and_one_for_each_interval(tmp_path: P
     assert (tmp_path / "best").read_text() == "6000\n"
     names = [path.name for path in checkpoint.numbered(tmp_path)]
     assert names == ["10000", "9000", "8000", "6000", "4000", "1000"]
+
+
+def test_a_run_means_its_best_until_it_has_grown_on_from_it(tmp_path: Path) -> None:
+    """A short run may end at a resolution that was never measured."""
+    nothing: dict[str, Tensors] = {part: {} for part in PARTS}
+    meant = []
+    for nimg, resolution, fading in ((1000, 8, False), (2000, 8, False), (3000, 16, True), (4000, 16, False)):
+        checkpoint.save(tmp_path, State(resolution, fading, nothing), Progress(nimg=nimg), Config(), "set")
+        checkpoint.point(tmp_path, "best", 1000)
+        meant.append(int(checkpoint.find(tmp_path).name))
+    assert meant == [1000, 1000, 1000, 4000]
+    checkpoint.point(tmp_path, "best", 4000)
+    checkpoint.save(tmp_path, State(32, True, nothing), Progress(nimg=5000), Config(), "set")
+    assert checkpoint.find(tmp_path).name == "4000"
