@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from torch.nn import functional as F
 
+from hrgan.apps.bench_step import _operations
 from hrgan.run import LOOK_SECONDS
 from tests.conftest import cli
 
@@ -89,7 +92,24 @@ def test_bench_step_says_what_saves_take(tiny: Path, capsys: pytest.CaptureFixtu
         # Saves come every 16 images in this configuration, so they take most of its time.
         saves = row["save_seconds"] / (16 / row["img_per_sec"])
         assert row["save_seconds"] > 0.001
+        assert 0 < row["matmul_share"] < 1
+        assert (row["memory_gb"] is None) == (not torch.cuda.is_available())
         assert row["overhead"] == pytest.approx(saves + row["look_seconds"] / LOOK_SECONDS)
+
+
+def test_operations_of_a_step_are_counted_also_through_a_double_backward() -> None:
+    """Of y = W x, each product of 2 n m k operations: one forward, one for the gradient by x, and four backward from
+    that gradient's square."""
+    n, m, k = 8, 16, 32
+    weight, x = torch.randn(m, k, requires_grad=True), torch.randn(n, k, requires_grad=True)
+
+    def penalised() -> None:
+        y = F.linear(x, weight).square().sum()
+        (gradient,) = torch.autograd.grad(y, x, create_graph=True)
+        gradient.square().sum().backward()  # By W and by y, and through y by W and by x.
+
+    assert _operations(lambda: F.linear(x.detach(), weight)) == 2 * n * m * k
+    assert _operations(penalised) == 6 * 2 * n * m * k
 
 
 @pytest.mark.slow

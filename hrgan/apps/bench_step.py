@@ -19,6 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from hrgan import checkpoint
 from hrgan.checkpoint import Progress
@@ -26,6 +28,7 @@ from hrgan.config import Config, DataConfig, LossConfig, NetworkConfig, Schedule
 from hrgan.data.dataset import open_dataset
 from hrgan.engine import Engine
 from hrgan.errors import DataError
+from hrgan.networks import AUTOCAST
 from hrgan.run import LOOK_SECONDS
 from hrgan.schedule import Phase, make_schedule
 from hrgan.sizes import size_at
@@ -33,6 +36,7 @@ from hrgan.train import Now, d_step, g_step, moment, one_step, open_reals, prepa
 from hrgan.watch import Watch
 
 Row = dict[str, Any]
+Act = Callable[[], Tensor | list[Any] | None]
 
 PEER = {16: (64, [64, 64, 64], 120.0), 32: (32, [64, 64, 64, 32], 51.0), 64: (16, [64, 64, 64, 64, 32], 14.0)}
 """resolution: (batch, widths from 4x4 up, images/s) of pytorch_GAN_zoo's ProGAN with WGAN-GP and drift, latent 128,
@@ -41,9 +45,11 @@ nothing."""
 
 
 def bench_step(config: Config, seconds: float, with_saves: bool = False) -> list[Row]:
-    """A row for each resolution and precision: img_per_sec of the whole step, and the shares of D, G, penalty, EMA
-    and data in it. Batches come from the loader where data.path holds a set, else from memory. with_saves: also what
-    checkpoints and looks for a reason to stop take of a run's time."""
+    """A row for each resolution and precision: img_per_sec of the whole step; the shares of D, G, penalty, EMA and data
+    in it; matmul_share, what its convolutions and products reach of the rate at which this process multiplies large
+    matrices in that precision; memory_gb, the most that it held on the GPU (null without one). Batches come from the
+    loader where data.path holds a set, else from memory. with_saves: also what checkpoints and looks for a reason to
+    stop take of a run's time."""
     rows = []
     engine = Engine(config)
     for size in resolutions(config):
@@ -125,25 +131,33 @@ def _measure(engine: Engine, config: Config, phase: Phase, seconds: float) -> Ro
         data["steps"] += 1
         one_step(engine, settings, phase, phase.nimg_from + phase.batch * step, images, labels)
 
-    def penalised(now: Now) -> tuple[float, float]:
-        """Seconds of D's and G's step with the penalties of `now`."""
+    def both(measure: Callable[[Act], float], now: Now) -> tuple[float, float]:
+        """What D's and G's step take with the penalties of `now`."""
         return (
-            _seconds_of(lambda: d_step(engine, config, micros, now), engine, seconds / 8),
-            _seconds_of(lambda: g_step(engine, config, micros, now), engine, seconds / 8),
+            measure(lambda: d_step(engine, config, micros, now)),
+            measure(lambda: g_step(engine, config, micros, now)),
         )
 
+    def time_of(act: Act) -> float:
+        return _seconds_of(act, engine, seconds / 8)
+
+    if engine.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(engine.device)
     loss = replace(config.loss, gp_lambda=0.0, r1_gamma=0.0, r2_gamma=0.0, path_weight=0.0)
     without = replace(config, loss=loss)
-    step, plain_step = _seconds_of(whole, engine, seconds), _seconds_of(lambda: whole(without), engine, seconds)
+    step = _seconds_of(whole, engine, seconds)
+    memory = torch.cuda.max_memory_allocated(engine.device) / 1e9 if engine.device.type == "cuda" else None
+    plain_step = _seconds_of(lambda: whole(without), engine, seconds)
     first = replace(moment(config, phase, phase.nimg_from), alpha=1.0)
-    plain_d, plain_g = penalised(replace(first, penalty=0.0, path=0.0))
-    with_d, with_g = penalised(first)
-    d_every, g_every = lazily(config)
+    plain = replace(first, penalty=0.0, path=0.0)
+    (plain_d, plain_g), (with_d, with_g) = both(time_of, plain), both(time_of, first)
+    operations, penalised = both(_operations, plain), both(_operations, first)
+    every = lazily(config)  # A lazy penalty costs its share of the steps.
+    flops = sum(a + (b - a) / steps for a, b, steps in zip(operations, penalised, every, strict=True))
     each = {
         "d": plain_d,
         "g": plain_g,
-        # A lazy penalty costs its share of the steps.
-        "penalty": max(0.0, with_d - plain_d) / d_every + max(0.0, with_g - plain_g) / g_every,
+        "penalty": max(0.0, with_d - plain_d) / every[0] + max(0.0, with_g - plain_g) / every[1],
         "ema": _seconds_of(lambda: engine.update_ema(first.rates.ema_kimg), engine, seconds / 16),
         # As the step met it: the loader works beside the networks, so only the wait for it counts.
         "data": data["seconds"] / data["steps"],
@@ -152,12 +166,41 @@ def _measure(engine: Engine, config: Config, phase: Phase, seconds: float) -> Ro
         "img_per_sec": phase.batch / step,
         "step_ms": step * 1000,
         "penalty_cost": step / plain_step,
+        "matmul_share": flops / step / _matmul_rate(engine, seconds / 16),
+        "memory_gb": memory,
         "share": {name: value / step for name, value in each.items()},
         "reals": source,
     }
 
 
-def _seconds_of(act: Callable[[], Tensor | list[Any] | None], engine: Engine, seconds: float) -> float:
+class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own lacks types
+    """Counts the floating point operations of convolutions and products, by torch's own formulas (its FlopCounterMode
+    does not follow a double backward)."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.operations += count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def _operations(act: Act) -> float:
+    with _Count() as count:  # type: ignore[no-untyped-call]
+        act()
+    return float(count.operations)
+
+
+def _matmul_rate(engine: Engine, seconds: float) -> float:
+    """Floating point operations a second of one large product of matrices, in the run's precision."""
+    side = 8192 if engine.device.type == "cuda" else 2048
+    a = torch.ones(side, side, device=engine.device, dtype=AUTOCAST[engine.config.precision] or torch.float32)
+    return 2 * side**3 / _seconds_of(lambda: a @ a, engine, seconds)
+
+
+def _seconds_of(act: Act, engine: Engine, seconds: float) -> float:
     """Mean seconds of a call over about `seconds`, after three calls to warm up and three to choose how many."""
 
     def timed(calls: int) -> float:
@@ -199,6 +242,8 @@ def print_table(rows: list[Row]) -> None:
         "EMA",
         "data",
         "x no penalty",
+        "of matmul",
+        "GB",
         "reals",
         "x peer",
         *(("save s", "look ms", "both") if overhead else ()),
@@ -211,7 +256,8 @@ def print_table(rows: list[Row]) -> None:
         ends = []
         if overhead:
             ends = [f"{row['save_seconds']:.3f}", f"{row['look_seconds'] * 1000:.3f}", f"{row['overhead']:.3%}"]
-        cells = [*speed, *shares, f"{row['penalty_cost']:.2f}", row["reals"], ratio, *ends]
+        limits = [f"{row['matmul_share']:.0%}", "-" if row["memory_gb"] is None else f"{row['memory_gb']:.1f}"]
+        cells = [*speed, *shares, f"{row['penalty_cost']:.2f}", *limits, row["reals"], ratio, *ends]
         table.add_row(f"{row['resolution']}²", row["precision"], *cells)
     Console(width=140).print(table)
     if overhead:
