@@ -318,7 +318,11 @@ def find(target: Path) -> Path:
     elif (target / "checkpoints").is_dir():
         best = target / "best"
         folder = target / "checkpoints" / (best.read_text().strip() if best.exists() else "none")
-        if fault(folder) is not None or _outgrown(folder, numbered(target)[0]):
+        outgrown = fault(folder) is None and _outgrown(folder, numbered(target)[0])
+        if outgrown:
+            said = "its best checkpoint is of a smaller size than its newest, which is taken"
+            print(f"{target}: {said}", file=sys.stderr)
+        if outgrown or fault(folder) is not None:
             found = newest(target, lambda line: print(line, file=sys.stderr))
             if found is None:
                 raise UserError(f"{target}: no checkpoint yet; train it first")

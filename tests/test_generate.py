@@ -122,7 +122,9 @@ def test_pruning_keeps_the_newest_the_best_and_one_for_each_interval(tmp_path: P
     assert names == ["10000", "9000", "8000", "6000", "4000", "1000"]
 
 
-def test_a_run_means_its_best_until_it_has_grown_on_from_it(tmp_path: Path) -> None:
+def test_a_run_means_its_best_until_it_has_grown_on_from_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A short run may end at a resolution that was never measured."""
     nothing: dict[str, Tensors] = {part: {} for part in PARTS}
     meant = []
@@ -131,6 +133,7 @@ def test_a_run_means_its_best_until_it_has_grown_on_from_it(tmp_path: Path) -> N
         checkpoint.point(tmp_path, "best", 1000)
         meant.append(int(checkpoint.find(tmp_path).name))
     assert meant == [1000, 1000, 1000, 4000]
+    assert capsys.readouterr().err.count("its best checkpoint is of a smaller size than its newest") == 1
     checkpoint.point(tmp_path, "best", 4000)
     checkpoint.save(tmp_path, State(32, True, nothing), Progress(nimg=5000), Config(), "set")
     assert checkpoint.find(tmp_path).name == "4000"
