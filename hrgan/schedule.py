@@ -251,7 +251,7 @@ def table(schedule: Schedule, config: Config) -> str:
         f"{sum(p.steps for p in schedule.phases):,} steps, {schedule.nimg_total:,} images, Adam starts "
         f"{sum(p.resets_adam for p in schedule.phases)} times"
     )
-    if penalised:
+    if any(row["r1_gamma"] for row in rows(schedule, config)):
         ruled = config.loss.r1_gamma is None
         last = ruled_gamma(config, schedule.phases[-1].resolution)
         lines.append(

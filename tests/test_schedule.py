@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -189,3 +190,5 @@ def test_the_table_shows_gamma_its_rule_with_the_reason_and_the_ramp() -> None:
     assert "ramp: lr x 0.25, gamma x 0.1, beta2 0.9 to 0.99, ema_kimg 0 to 500" in text
     assert "4 - 0.4" not in text.splitlines()[1]
     assert "R1" not in table(make_schedule(Config()), Config())
+    none = replace(ruled, loss=LossConfig(kind="logistic", r1_gamma=0.0))
+    assert "rule" not in table(make_schedule(none), none)
