@@ -35,8 +35,10 @@ class LossScale:
     def follow(self, skipped: Tensor) -> None:
         """Adapt to a step: skipped is 1 or 0."""
         grows = (self.good_steps + 1 >= GROWTH_STEPS) & (skipped == 0)
-        self.value = torch.where(skipped > 0, self.value / 2, torch.where(grows, self.value * 2, self.value))
-        self.good_steps = torch.where((skipped > 0) | grows, torch.zeros_like(self.good_steps), self.good_steps + 1)
+        # In place, so that a CUDA graph finds them where they were.
+        self.value.copy_(torch.where(skipped > 0, self.value / 2, torch.where(grows, self.value * 2, self.value)))
+        zeros = torch.zeros_like(self.good_steps)
+        self.good_steps.copy_(torch.where((skipped > 0) | grows, zeros, self.good_steps + 1))
 
 
 class Adam(torch.optim.Adam):
@@ -53,7 +55,8 @@ class Adam(torch.optim.Adam):
     ) -> None:
         """Learning rate and betas are set before each step. over_processes: the sum of a tensor over the processes.
         copies: processes that hold the same gradients. scale: what the gradients are multiplied by."""
-        super().__init__(parameters, eps=eps, fused=True)
+        parameters = list(parameters)
+        super().__init__(parameters, eps=eps, fused=True, capturable=parameters[0].is_cuda)
         self._over_processes, self._copies, self._loss_scale = over_processes, copies, scale
 
     @property

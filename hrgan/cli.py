@@ -15,7 +15,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from hrgan.checks import problems
-from hrgan.config import Config, leaves, read_yaml, refuse, to_yaml, topics, unknown_key, wrong_type
+from hrgan.config import Config, Precision, leaves, read_yaml, refuse, to_yaml, topics, unknown_key, wrong_type
 from hrgan.errors import DataError, HrganError, Stopped, UserError, refused_by_system
 
 # Commands
@@ -214,9 +214,17 @@ def bench_step(args: Namespace) -> None:
     if args.peer:
         rows = bench_peer(args.configuration.data, args.seconds)
     else:
-        rows = bench(args.configuration, args.seconds, args.with_saves)
+        rows = bench(args.configuration, args.seconds, args.with_saves, args.resolutions, args.precisions)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(rows, indent=1)) if args.json else print_table(rows)
+
+
+def bench_switches(args: Namespace) -> None:
+    from hrgan.apps.bench_switches import bench_switches as bench
+    from hrgan.apps.bench_switches import print_table
+
+    rows = bench(args.configuration, args.seconds)
+    print(json.dumps(rows, indent=1)) if args.json else print_table(rows)
 
 
 def bench_world(args: Namespace) -> None:
@@ -488,6 +496,14 @@ def bench_step_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--with-saves", action="store_true", help="also what checkpoints and looks for a stop take of a run's time"
     )
+    parser.add_argument("--resolutions", type=list[int], default=[], help="only these, e.g. [256,512]; default: all")
+    parser.add_argument("--precisions", type=list[Precision], default=["float32", "bf16"], help="e.g. [bf16]")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    config_arguments(parser)
+
+
+def bench_switches_arguments(parser: Parser) -> None:
+    parser.add_argument("--seconds", type=float, default=4.0, help="time for each figure")
     parser.add_argument("--json", action="store_true", help="as JSON")
     config_arguments(parser)
 
@@ -532,9 +548,14 @@ COMMANDS: dict[str, tuple[Callable[[Namespace], None], Callable[[Parser], None],
         bench_step_arguments,
         "images per second of training, and what a step spends its time on",
     ),
+    "bench switches": (
+        bench_switches,
+        bench_switches_arguments,
+        "images per second with channels_last, fused Adam, compile and CUDA graphs on and off",
+    ),
     "bench world": (bench_world, bench_world_arguments, "how much faster several processes train than one"),
 }
-CONFIGURED = ("schedule", "train", "bench step", "bench world")
+CONFIGURED = ("schedule", "train", "bench step", "bench switches", "bench world")
 """Commands that take a configuration."""
 
 
@@ -565,7 +586,7 @@ def split_config(words: list[str]) -> tuple[list[str], str | None, list[tuple[st
             value = rest.pop(0)
         if name == "--config":
             file = value
-        elif name in ("--run", "--seconds", "--processes"):
+        elif name in ("--run", "--seconds", "--processes", "--resolutions", "--precisions"):
             own += [name, value]
         else:
             overrides.append((name[2:], value))

@@ -23,6 +23,7 @@ CHUNK = 4
 
 IntByRes = int | dict[int, int]
 FloatByRes = float | dict[int, float]
+Precision = Literal["float32", "bf16", "fp16"]
 Number = TypeVar("Number", int, float)
 
 
@@ -359,11 +360,17 @@ class Config:
     names); what is taken and what is not is said. None: initial weights."""
     seed: int = 0
     """Decides initial weights, the order of images and all noise."""
-    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    precision: Precision = "float32"
     """bf16 and fp16 compute the convolutions under autocast; weights, Adam and EMA stay float32. fp16 scales the loss
     (for GPUs without bf16; not under DeepSpeed)."""
     deterministic: bool = False
     """On CUDA: only kernels that give the same bits each time (slower). The CPU always does."""
+    cuda_graphs: bool = False
+    """On one GPU: steps that do the same as three before are recorded once and replayed, which spares the CPU the
+    launch of each kernel. Not in fades and ramps, where each step is another; not with several processes."""
+    compile: bool = False
+    """Compile the networks by torch.compile (a minute or more at each phase; not under DeepSpeed). Exact penalties and
+    path lengths run as written."""
 
 
 CLIP = tuple(
@@ -398,6 +405,8 @@ MAY_CHANGE = (
     "optim.rollback_lr",
     "limits.",
     "deterministic",
+    "cuda_graphs",
+    "compile",
 )
 """Fields that a resumed run may change: none of them alters which images are seen or how they are learnt from."""
 

@@ -28,6 +28,7 @@ from hrgan import watch, zero
 from hrgan.adam import Adam, LossScale
 from hrgan.config import Config
 from hrgan.errors import REFUSALS, Drifted, HrganError, UserError, refused_by_system
+from hrgan.graphs import Graphs
 from hrgan.networks import AUTOCAST, make_discriminator, make_generator
 from hrgan.schedule import Phase, Rates, rates
 
@@ -159,8 +160,13 @@ class Engine:
             self.store = self._make_store(timeout)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = not config.deterministic
+            if config.deterministic:  # Without it cuBLAS refuses.
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(config.deterministic)
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        if config.compile and self.zero_stage is not None:
+            raise UserError("compile: true, but DeepSpeed's hooks are not compiled; nearest: false, or DDP")
+        self.graphs = Graphs(False)
 
     def _make_store(self, timeout: timedelta) -> Any:
         """A store that rank 0 keeps, for the watch: the launcher's own may end before the processes do."""
@@ -188,6 +194,10 @@ class Engine:
         """
         for accelerator in self.accelerators.values():
             accelerator.free_memory()  # Else DeepSpeed's old engines go on taking the gradients.
+        # Those of several processes would have to hold their collectives, too.
+        self.graphs = Graphs(self.config.cuda_graphs and self.device.type == "cuda" and self.name == "one process")
+        if self.config.compile:
+            torch.compiler.reset()  # What was compiled for the phase before, else counted as so many variants.
         size, fading, autocast = phase.resolution, phase.fading, AUTOCAST[self.config.precision]
         goes_on = state is not None and (state.resolution, state.fading) == (size, fading)
         generator, ema = (make_generator(self.config, size, fading, autocast) for _ in range(2))
@@ -227,6 +237,8 @@ class Engine:
         adam = Adam(module.to(self.device).parameters(), self.config.optim.eps, self._over_processes, copies, scale)
         if self.zero_stage is None:
             module.to(memory_format=torch.channels_last)  # DeepSpeed takes no such weights
+            if self.config.compile:
+                module.compile()
             return Net(module, self.accelerator.prepare(module), adam)
         self.accelerator.state.select_deepspeed_plugin(name)
         engine, _ = self.accelerators[name].prepare(module, adam)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -65,8 +66,8 @@ class Micro:
     """(n, latent) for G's step."""
     mix: Tensor
     """(n, 1, 1, 1) in [0, 1) for the penalty's points between real and fake."""
-    chunks: list[int]
-    """Number in the run of each four images."""
+    pixels: dict[str, Tensor]
+    """(n, C, R, R) from N(0, 1) for each penalty of this step that takes noise of a whole picture."""
     twists: dict[str, Tensor]
     """(n, augment.LENGTH) in [0, 1) for each of TWISTS: how its pictures are augmented; {} without augmentation."""
 
@@ -85,6 +86,8 @@ class Now:
     """What D's penalty is multiplied by in this step; 0 leaves it out."""
     path: float
     """The same of G's path-length penalty."""
+    adapts: bool
+    """Whether the strength of augmentation is adapted at the end of this step."""
 
 
 def moment(config: Config, phase: Phase, nimg: int) -> Now:
@@ -95,7 +98,12 @@ def moment(config: Config, phase: Phase, nimg: int) -> Now:
     else:
         penalty = float(loss.r1_every) if step % loss.r1_every == 0 and values.r1_gamma + values.r2_gamma > 0 else 0.0
     path = float(loss.path_every) if step % loss.path_every == 0 and loss.path_weight > 0 else 0.0
-    return Now(phase.alpha(nimg), values, penalty, path)
+    adapts = config.augment.target is not None and nimg // phase.batch % ADAPT_EVERY == ADAPT_EVERY - 1
+    return Now(phase.alpha(nimg), values, penalty, path, adapts)
+
+
+ADAPT_EVERY = 4
+"""Steps between two adaptations of augmentation (Karras et al. 2020, arXiv 2006.06676)."""
 
 
 def d_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Tensor:
@@ -112,7 +120,7 @@ def d_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Ten
             loss = loss + classified(config, real_out, micro) + classified(config, fake_out, micro)
             penalty = torch.zeros_like(loss)
             if now.penalty:
-                penalty = penalise(engine, config, micro, (real, real_logits), (fake, fake_logits), now)
+                penalty = penalise(engine, config, micro, (real, fake), (real_logits, fake_logits), now)
                 loss = loss + now.penalty * penalty
             engine.backward(net, loss / len(micros))
         of_logits = (real_logits.mean(), fake_logits.mean(), penalty, sign(real_logits), sign(fake_logits))
@@ -137,7 +145,7 @@ def g_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Ten
             loss = losses.adversarial_g(config.loss.kind, real_logits, out[:, :1]) + classified(config, out, micro)
             lengths = torch.zeros_like(loss)
             if now.path:
-                lengths = path_lengths(engine, config, micro, now.alpha)
+                lengths = path_lengths(engine, micro, now.alpha)
                 penalty = losses.path_penalty(lengths, engine.feedback["path_mean"])
                 loss = loss + now.path * config.loss.path_weight * penalty
             engine.backward(net, loss / len(micros))
@@ -176,37 +184,43 @@ def twisted(engine: Engine, config: Config, images: Tensor, micro: Micro, place:
     return augment.augment(images, numbers, strength, augment.expanded(config.augment.ops))
 
 
-Judged = tuple[Tensor, Tensor]
-"""Pictures as D got them, and what it said of them."""
+Pair = tuple[Tensor, Tensor]
+"""Of reals and of fakes."""
 
 
-def penalise(engine: Engine, config: Config, micro: Micro, real: Judged, fake: Judged, now: Now) -> Tensor:
-    """The configured penalty through the bare D (see engine.py), at the pictures as D got them."""
+def penalise(engine: Engine, config: Config, micro: Micro, images: Pair, logits: Pair, now: Now) -> Tensor:
+    """The configured penalty through the bare D (see engine.py), at the pictures as D got them. logits: what it said
+    of them."""
     module, loss, scale = engine.discriminator.module, config.loss, engine.discriminator.adam.scale
+    differs = loss.kind != "wgan-gp" and loss.penalty == "finite_difference"
+    # A compiled network has no second derivative.
+    judge = module.forward if config.compile and not differs else module
 
     def critic(x: Tensor) -> Tensor:
         # All of one call stand for all of the labels, as often as they go in.
         labels = None if micro.labels is None else micro.labels.repeat(len(x) // len(micro.labels))
-        logits: Tensor = module(x, labels, now.alpha)[:, :1]
+        logits: Tensor = judge(x, labels, now.alpha)[:, :1]
         return logits
 
     if loss.kind == "wgan-gp":
-        return losses.gradient_penalty(critic, real[0], fake[0], micro.mix, loss.gp_lambda, loss.gp_target, scale)
-    total = real[0].new_zeros(())
-    gammas = (("penalty", real, now.rates.r1_gamma), ("penalty r2", fake, now.rates.r2_gamma))
-    for role, (images, logits), gamma in gammas:
-        if gamma and loss.penalty == "exact":
-            total = total + losses.r1_penalty(critic, images, gamma, scale)
+        return losses.gradient_penalty(critic, *images, micro.mix, loss.gp_lambda, loss.gp_target, scale)
+    total = images[0].new_zeros(())
+    gammas = now.rates.r1_gamma, now.rates.r2_gamma
+    for role, x, clean, gamma in zip(PENALTIES, images, logits, gammas, strict=True):
+        if gamma and not differs:
+            total = total + losses.r1_penalty(critic, x, gamma, scale)
         elif gamma:
-            noise = pixel_noise(micro.chunks, images.shape[1:], images.device, config.seed, role)
-            # Differences of logits in half precision would be its rounding.
-            clean = logits if module.autocast is None else None
-            with full_precision(module):
-                total = total + losses.finite_difference_penalty(critic, images, noise, loss.fd_sigma, gamma, clean)
+            noise, before = micro.pixels[role], clean if module.autocast is None else None
+            with full_precision(module):  # Differences of logits in half precision would be its rounding.
+                total = total + losses.finite_difference_penalty(critic, x, noise, loss.fd_sigma, gamma, before)
     return total
 
 
-def path_lengths(engine: Engine, config: Config, micro: Micro, alpha: float) -> Tensor:
+PENALTIES = ("penalty", "penalty r2")
+"""R1's and R2's roles in the noise of finite differences."""
+
+
+def path_lengths(engine: Engine, micro: Micro, alpha: float) -> Tensor:
     """(n/2,) path lengths of half of the pictures, as in the paper, through the bare G (see engine.py): of two of each
     chunk, so that it is the same ones however the batch is divided."""
 
@@ -217,23 +231,18 @@ def path_lengths(engine: Engine, config: Config, micro: Micro, alpha: float) -> 
     z, labels = half(micro.z_g), None if micro.labels is None else half(micro.labels)
     ws = module.mapped(z, labels)  # type: ignore[operator]  # style has it, and only style has such a penalty
     images = module.drawn(ws, z, alpha)  # type: ignore[operator]
-    noise = half(pixel_noise(micro.chunks, images.shape[1:], images.device, config.seed, "path"))
-    return losses.path_lengths(images, ws, noise, engine.generator.adam.scale)
+    return losses.path_lengths(images, ws, half(micro.pixels["path"]), engine.generator.adam.scale)
 
 
-ADAPT_EVERY = 4
-"""Steps between two adaptations of augmentation (Karras et al. 2020, arXiv 2006.06676)."""
-
-
-def feed_back(engine: Engine, config: Config, phase: Phase, nimg: int, now: Now, d: Tensor, g: Tensor) -> None:
-    """What the step that began at `nimg` changes for the steps after it: augmentation's strength and the mean path
-    length. Both are training state. d, g: what d_step and g_step returned. Nothing is read back to the host."""
+def feed_back(engine: Engine, config: Config, now: Now, d: Tensor, g: Tensor) -> None:
+    """What a step changes for the steps after it: augmentation's strength and the mean path length. Both are training
+    state. d, g: what d_step and g_step returned. Nothing is read back to the host."""
     state, settings = engine.feedback, config.augment
     if settings.ops and settings.target is not None:
         state["augment_signs"] += torch.stack([engine.mean(d[4:5])[0], torch.ones_like(d[4])])
-        if nimg // phase.batch % ADAPT_EVERY == ADAPT_EVERY - 1:
+        if now.adapts:
             signs, steps = state["augment_signs"].unbind()
-            strength, images = state["augment_strength"], ADAPT_EVERY * phase.batch
+            strength, images = state["augment_strength"], ADAPT_EVERY * engine.phase.batch
             changed = (settings.target, images, settings.adapt_kimg, settings.most)
             strength.copy_(augment.adapted(strength, signs / steps, *changed))
             state["augment_signs"].zero_()
@@ -280,8 +289,10 @@ def prepare_step(
         inputs["labels"] = place(labels)
     roles = TWISTS if config.augment.ops else ()
     inputs |= {role: noise(role, augment.LENGTH) for role in roles}
+    pictures = pixel_roles(config, moment(config, phase, nimg))
+    chunks = ((nimg + rows[::CHUNK]) // CHUNK).tolist()
+    inputs |= {role: pixel_noise(chunks, real.shape[1:], engine.device, config.seed, role) for role in pictures}
     size = micro_size(config, phase.resolution, len(rows))
-    chunks = torch.split((nimg + rows[::CHUNK]) // CHUNK, size // CHUNK)
     parts = {name: torch.split(tensor, size) for name, tensor in inputs.items()}
     return [
         Micro(
@@ -290,11 +301,19 @@ def prepare_step(
             z_d=parts["z_d"][index],
             z_g=parts["z_g"][index],
             mix=parts["mix"][index],
-            chunks=numbers.tolist(),
+            pixels={role: parts[role][index] for role in pictures},
             twists={role: parts[role][index] for role in roles},
         )
-        for index, numbers in enumerate(chunks)
+        for index in range(len(parts["real"]))
     ]
+
+
+def pixel_roles(config: Config, now: Now) -> list[str]:
+    """The penalties of a step that take noise of a whole picture."""
+    differs = now.penalty > 0 and config.loss.kind != "wgan-gp" and config.loss.penalty == "finite_difference"
+    gammas = (now.rates.r1_gamma, now.rates.r2_gamma)
+    found = [role for role, gamma in zip(PENALTIES, gammas, strict=True) if differs and gamma > 0]
+    return found + (["path"] if now.path > 0 else [])
 
 
 def one_step(
@@ -306,11 +325,17 @@ def one_step(
     if config.augment.target is None:
         engine.feedback["augment_strength"].fill_(now.rates.augment)
     micros = prepare_step(engine, config, phase, nimg, images, labels)
+    d_values, g_values = engine.graphs.run(partial(update, engine, config), micros, now)
+    return now, d_values, g_values
+
+
+def update(engine: Engine, config: Config, micros: list[Micro], now: Now) -> tuple[Tensor, Tensor]:
+    """All that a step does on the device, a function of tensors and `now` alone. What d_step and g_step return."""
     d_values = d_step(engine, config, micros, now)
     g_values = g_step(engine, config, micros, now)
-    feed_back(engine, config, phase, nimg, now, d_values, g_values)
+    feed_back(engine, config, now, d_values, g_values)
     engine.update_ema(now.rates.ema_kimg)
-    return now, d_values, g_values
+    return d_values, g_values
 
 
 # The run

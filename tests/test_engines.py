@@ -309,7 +309,7 @@ def d_step_with_two_backwards(engine: Engine, config: Config, micros: list[Any],
         real_logits, fake_logits = loop.judged(net, micro.real, fake, None, now.alpha)
         loss = loop.losses.adversarial_d(config.loss.kind, real_logits, fake_logits, config.loss.drift)
         engine.backward(net, loss)
-        penalty = loop.penalise(engine, config, micro, (micro.real, real_logits), (fake, fake_logits), now)
+        penalty = loop.penalise(engine, config, micro, (micro.real, fake), (real_logits, fake_logits), now)
         engine.backward(net, now.penalty * penalty)
     skipped = engine.update(net, loss)
     return torch.stack([loss, loss, loss, penalty, loss, loss, net.adam.norm, skipped]).detach()

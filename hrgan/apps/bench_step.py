@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -24,19 +25,21 @@ from torch.utils.flop_counter import flop_registry
 
 from hrgan import checkpoint
 from hrgan.checkpoint import Progress
-from hrgan.config import Config, DataConfig, LossConfig, NetworkConfig, ScheduleConfig, resolutions
+from hrgan.config import Config, DataConfig, LossConfig, NetworkConfig, Precision, ScheduleConfig, resolutions
 from hrgan.data.dataset import open_dataset
 from hrgan.engine import Engine
 from hrgan.errors import DataError
+from hrgan.graphs import WARM_UP
 from hrgan.networks import AUTOCAST
 from hrgan.run import LOOK_SECONDS
 from hrgan.schedule import Phase, make_schedule
 from hrgan.sizes import size_at
-from hrgan.train import Now, d_step, g_step, moment, one_step, open_reals, prepare_step
+from hrgan.train import Micro, Now, d_step, g_step, moment, one_step, open_reals, prepare_step
 from hrgan.watch import Watch
 
 Row = dict[str, Any]
 Act = Callable[[], Tensor | list[Any] | None]
+Step = Callable[[Engine, Config, list[Micro], Now], Tensor]
 
 PEER = {16: (64, [64, 64, 64], 120.0), 32: (32, [64, 64, 64, 32], 51.0), 64: (16, [64, 64, 64, 64, 32], 14.0)}
 """resolution: (batch, widths from 4x4 up, images/s) of pytorch_GAN_zoo's ProGAN with WGAN-GP and drift, latent 128,
@@ -44,24 +47,35 @@ float32, 2 threads, as measured on 2 CPU cores like those of the README's figure
 nothing."""
 
 
-def bench_step(config: Config, seconds: float, with_saves: bool = False) -> list[Row]:
-    """A row for each resolution and precision: img_per_sec of the whole step; the shares of D, G, penalty, EMA and data
-    in it; matmul_share, what its convolutions and products reach of the rate at which this process multiplies large
-    matrices in that precision; memory_gb, the most that it held on the GPU (null without one). Batches come from the
-    loader where data.path holds a set, else from memory. with_saves: also what checkpoints and looks for a reason to
-    stop take of a run's time."""
+def bench_step(
+    config: Config,
+    seconds: float,
+    with_saves: bool = False,
+    sizes: Collection[int] = (),
+    precisions: Sequence[Precision] = ("float32", "bf16"),
+) -> list[Row]:
+    """A row for each resolution (of `sizes`, where some are given) and precision: img_per_sec of the whole step; the
+    shares of D, G, penalty, EMA and data in it; matmul_share, what its convolutions and products reach of the rate at
+    which this process multiplies large matrices in that precision; memory_gb, the most that it held on the GPU (null
+    without one). Batches come from the loader where data.path holds a set, else from memory. with_saves: also what
+    checkpoints and looks for a reason to stop take of a run's time."""
     rows = []
     engine = Engine(config)
-    for size in resolutions(config):
-        for precision in ("float32", "bf16"):
+    for size in (size for size in resolutions(config) if not sizes or size in sizes):
+        for precision in precisions:
             engine.config = replace(config, precision=precision)
-            phases = make_schedule(config).phases
-            phase = next(phase for phase in phases if phase.resolution == size and not phase.fading)
+            phase = stable_phase(config, size)
             engine.enter(phase, None)
             row: Row = {"resolution": size, "precision": precision, "batch": phase.batch}
             row |= _measure(engine, config, phase, seconds)
             rows.append(row | (_overhead(engine, config, row["img_per_sec"]) if with_saves else {}))
     return rows
+
+
+def stable_phase(config: Config, size: int) -> Phase:
+    """The phase of a resolution in which nothing fades."""
+    phases = make_schedule(config).phases
+    return next(phase for phase in phases if phase.resolution == size and not phase.fading)
 
 
 def _overhead(engine: Engine, config: Config, img_per_sec: float) -> Row:
@@ -79,7 +93,7 @@ def _overhead(engine: Engine, config: Config, img_per_sec: float) -> Row:
             engine.agree(watch.reason() or ("STOP" if Path(folder, "STOP").exists() else None))
 
         numbers = count()
-        saving, looking = _seconds_of(save, engine, 1.0), _seconds_of(look, engine, 0.2)
+        saving, looking = seconds_of(save, engine, 1.0), seconds_of(look, engine, 0.2)
     between_saves = config.checkpoint.every_kimg * 1000 / img_per_sec
     share = saving / between_saves + looking / LOOK_SECONDS
     return {"save_seconds": saving, "look_seconds": looking, "overhead": share}
@@ -98,11 +112,13 @@ def bench_peer(data: DataConfig, seconds: float) -> list[Row]:
 
 
 def lazily(config: Config) -> tuple[int, int]:
-    """Steps of D and of G for one penalty."""
-    return (1 if config.loss.kind == "wgan-gp" else config.loss.r1_every), config.loss.path_every
+    """Steps of D and of G for one penalty; 1 without any."""
+    loss = config.loss
+    d_every = loss.r1_every if loss.kind != "wgan-gp" and (loss.r1_gamma, loss.r2_gamma) != (0.0, 0.0) else 1
+    return d_every, loss.path_every if loss.path_weight else 1
 
 
-def _reals(engine: Engine, config: Config, phase: Phase) -> tuple[Iterator[tuple[Tensor, Tensor]], str]:
+def endless_reals(engine: Engine, config: Config, phase: Phase) -> tuple[Iterator[tuple[Tensor, Tensor]], str]:
     """Endless local batches of uint8 images with their labels, and where they come from."""
     try:
         dataset = open_dataset(config.data) if config.data.path else None
@@ -118,59 +134,68 @@ def _reals(engine: Engine, config: Config, phase: Phase) -> tuple[Iterator[tuple
 
 
 def _measure(engine: Engine, config: Config, phase: Phase, seconds: float) -> Row:
-    reals, source = _reals(engine, config, phase)
-    micros = prepare_step(engine, config, phase, 0, *next(reals))
-    numbers = count()
-    data = {"seconds": 0.0, "steps": 0}
-
-    def whole(settings: Config = config) -> None:
-        step = next(numbers)
-        began = time.perf_counter()
-        images, labels = next(reals)
-        data["seconds"] += time.perf_counter() - began
-        data["steps"] += 1
-        one_step(engine, settings, phase, phase.nimg_from + phase.batch * step, images, labels)
-
-    def both(measure: Callable[[Act], float], now: Now) -> tuple[float, float]:
-        """What D's and G's step take with the penalties of `now`."""
-        return (
-            measure(lambda: d_step(engine, config, micros, now)),
-            measure(lambda: g_step(engine, config, micros, now)),
-        )
-
-    def time_of(act: Act) -> float:
-        return _seconds_of(act, engine, seconds / 8)
-
+    reals, source = endless_reals(engine, config, phase)
+    micros = prepare_step(engine, config, phase, phase.nimg_from, *next(reals))
     if engine.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(engine.device)
-    loss = replace(config.loss, gp_lambda=0.0, r1_gamma=0.0, r2_gamma=0.0, path_weight=0.0)
-    without = replace(config, loss=loss)
-    step = _seconds_of(whole, engine, seconds)
+    step, waiting = seconds_of_steps(engine, config, phase, reals, seconds)
     memory = torch.cuda.max_memory_allocated(engine.device) / 1e9 if engine.device.type == "cuda" else None
-    plain_step = _seconds_of(lambda: whole(without), engine, seconds)
+    loss = replace(config.loss, gp_lambda=0.0, r1_gamma=0.0, r2_gamma=0.0, path_weight=0.0)
+    plain_step, _ = seconds_of_steps(engine, replace(config, loss=loss), phase, reals, seconds)
     first = replace(moment(config, phase, phase.nimg_from), alpha=1.0)
     plain = replace(first, penalty=0.0, path=0.0)
-    (plain_d, plain_g), (with_d, with_g) = both(time_of, plain), both(time_of, first)
-    operations, penalised = both(_operations, plain), both(_operations, first)
+
+    def time_of(step: Step, now: Now) -> float:
+        def act(held: list[Micro], _: object) -> tuple[Tensor]:
+            return (step(engine, config, held, now),)
+
+        return seconds_of(lambda: engine.graphs.run(act, micros, (step.__name__, now))[0], engine, seconds / 8)
+
+    def operations_of(step: Step, now: Now) -> float:
+        return _operations(lambda: step(engine, config, micros, now))
+
+    without, penalised = ([time_of(step, now) for step in (d_step, g_step)] for now in (plain, first))
     every = lazily(config)  # A lazy penalty costs its share of the steps.
-    flops = sum(a + (b - a) / steps for a, b, steps in zip(operations, penalised, every, strict=True))
+    extra = [max(0.0, b - a) / steps for a, b, steps in zip(without, penalised, every, strict=True)]
+    counted = [[operations_of(step, now) for step in (d_step, g_step)] for now in (plain, first)]
+    operations = sum(a + (b - a) / steps for a, b, steps in zip(*counted, every, strict=True))
     each = {
-        "d": plain_d,
-        "g": plain_g,
-        "penalty": max(0.0, with_d - plain_d) / every[0] + max(0.0, with_g - plain_g) / every[1],
-        "ema": _seconds_of(lambda: engine.update_ema(first.rates.ema_kimg), engine, seconds / 16),
+        "d": without[0],
+        "g": without[1],
+        "penalty": sum(extra),
+        "ema": seconds_of(lambda: engine.update_ema(first.rates.ema_kimg), engine, seconds / 16),
         # As the step met it: the loader works beside the networks, so only the wait for it counts.
-        "data": data["seconds"] / data["steps"],
+        "data": waiting,
     }
     return {
         "img_per_sec": phase.batch / step,
         "step_ms": step * 1000,
         "penalty_cost": step / plain_step,
-        "matmul_share": flops / step / _matmul_rate(engine, seconds / 16),
+        "matmul_share": operations / step / _matmul_rate(engine, seconds / 16),
         "memory_gb": memory,
         "share": {name: value / step for name, value in each.items()},
         "reals": source,
     }
+
+
+def seconds_of_steps(
+    engine: Engine, config: Config, phase: Phase, reals: Iterator[tuple[Tensor, Tensor]], seconds: float
+) -> tuple[float, float]:
+    """Mean seconds of a whole step, and how many of them it waited for its reals."""
+    data, numbers = {"seconds": 0.0, "steps": 0}, count()
+
+    def whole() -> None:
+        began = time.perf_counter()
+        images, labels = next(reals)
+        data["seconds"] += time.perf_counter() - began
+        data["steps"] += 1
+        one_step(engine, config, phase, phase.nimg_from + phase.batch * next(numbers), images, labels)
+
+    # Where steps are recorded, those of each kind are before the clock starts.
+    for _ in range(WARM_UP * max(lazily(config)) if engine.graphs.on else 0):
+        whole()
+    step = seconds_of(whole, engine, seconds)
+    return step, data["seconds"] / data["steps"]
 
 
 class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own lacks types
@@ -196,12 +221,13 @@ def _operations(act: Act) -> float:
 def _matmul_rate(engine: Engine, seconds: float) -> float:
     """Floating point operations a second of one large product of matrices, in the run's precision."""
     side = 8192 if engine.device.type == "cuda" else 2048
-    a = torch.ones(side, side, device=engine.device, dtype=AUTOCAST[engine.config.precision] or torch.float32)
-    return 2 * side**3 / _seconds_of(lambda: a @ a, engine, seconds)
+    # Random numbers: a GPU multiplies ones at less power, and so faster.
+    a = torch.randn(side, side, device=engine.device).to(AUTOCAST[engine.config.precision] or torch.float32)
+    return 2 * side**3 / seconds_of(lambda: a @ a, engine, seconds)
 
 
-def _seconds_of(act: Act, engine: Engine, seconds: float) -> float:
-    """Mean seconds of a call over about `seconds`, after three calls to warm up and three to choose how many."""
+def seconds_of(act: Act, engine: Engine, seconds: float) -> float:
+    """Mean seconds of a call over about `seconds`, after a few calls to warm up and three to choose how many."""
 
     def timed(calls: int) -> float:
         _wait(engine)
@@ -211,7 +237,7 @@ def _seconds_of(act: Act, engine: Engine, seconds: float) -> float:
         _wait(engine)
         return (time.perf_counter() - began) / calls
 
-    timed(3)
+    timed(WARM_UP + 1)
     first = timed(3)
     # All processes make the same number of calls, because they meet in each.
     return timed(engine.on_main(lambda: max(3, round(seconds / first))))
@@ -227,7 +253,9 @@ def print_table(rows: list[Row]) -> None:
     table = Table(
         title=f"training step, {torch.get_num_threads()} CPU threads"
         if not torch.cuda.is_available()
-        else torch.cuda.get_device_name()
+        else torch.cuda.get_device_name(),
+        box=box.SIMPLE_HEAD,
+        padding=0,
     )
     overhead = "overhead" in rows[0]
     for column in (

@@ -1,0 +1,94 @@
+"""Steps replayed as CUDA graphs, and compiled networks, are the same steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from hrgan.config import Config
+from hrgan.engine import Engine
+from hrgan.graphs import WARM_UP, Graphs
+from hrgan.schedule import make_schedule
+from hrgan.train import Micro, one_step, prepare_step
+from tests.test_step import STEPS
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def trained(config: Config, steps: int) -> tuple[dict[str, Tensor], Tensor, int]:
+    """All tensors after some steps of the stable 8² phase, what the steps returned, and the number of graphs."""
+    engine, phase = Engine(config), make_schedule(config).phases[2]
+    assert not phase.fading
+    engine.enter(phase, None)
+    values = []
+    size = phase.resolution
+    for nimg in range(phase.nimg_from, phase.nimg_from + 16 * steps, 16):
+        pictures = torch.Generator().manual_seed(nimg)
+        images = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8, generator=pictures)
+        _, d_values, g_values = one_step(engine, config, phase, nimg, images, torch.arange(16) % 2)
+        values.append(torch.cat([d_values, g_values]))
+    parts = engine.state().parts
+    tensors = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+    return tensors, torch.stack(values).cpu(), len(engine.graphs)
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    ("name", "precision"), [*((name, "bf16") for name in STEPS), ("style", "float32"), ("wgan-gp", "fp16")]
+)
+def test_replayed_steps_give_the_same_bits_as_launched_ones(name: str, precision: str) -> None:
+    config = replace(STEPS[name], precision=precision, deterministic=True)
+    launched, values, none = trained(config, 40)
+    replayed, same_values, graphs = trained(replace(config, cuda_graphs=True), 40)
+    torch.use_deterministic_algorithms(False)
+    assert none == 0
+    # A ramp makes each step another.
+    assert (graphs > 0) == (config.ramp.kimg == 0)
+    # fp16's first steps overflow, and say so.
+    torch.testing.assert_close(same_values, values, rtol=0, atol=0, equal_nan=True)
+    unlike = [key for key, tensor in replayed.items() if not torch.equal(tensor, launched[key])]
+    assert unlike == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_compiled_networks_train_like_those_that_are_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = torch.nn.Module.compile
+    # The code that torch compiles to is torch's to test, and takes a minute; what it traces and derives is this.
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: written(module, backend="aot_eager"))
+    plain, values, _ = trained(STEPS[name], 3)
+    compiled, close_values, _ = trained(replace(STEPS[name], compile=True), 3)
+    torch.testing.assert_close(close_values, values, rtol=1e-3, atol=1e-4)
+    for key, tensor in compiled.items():
+        torch.testing.assert_close(tensor, plain[key], rtol=1e-3, atol=1e-4)
+
+
+def test_what_differs_from_step_to_step_is_in_the_key_or_in_tensors() -> None:
+    """Else a graph would repeat the first step's: noise of penalties above all."""
+    config = STEPS["style"]
+    engine, phase = Engine(config), make_schedule(config).phases[2]
+    engine.enter(phase, None)
+    images = torch.zeros(16, 3, 8, 8, dtype=torch.uint8)
+
+    def tensors_of(nimg: int) -> list[Tensor]:
+        micros: list[Micro] = prepare_step(engine, config, phase, nimg, images, torch.arange(16) % 2)
+        return [tensor for micro in micros for tensor in Graphs.tensors([micro])]
+
+    first, later = tensors_of(phase.nimg_from), tensors_of(phase.nimg_from + 8 * 16)
+    assert [tensor.shape for tensor in first] == [tensor.shape for tensor in later]
+    differ = [not torch.equal(a, b) for a, b in zip(first, later, strict=True)]
+    micros = prepare_step(engine, config, phase, phase.nimg_from, images, torch.arange(16) % 2)
+    assert differ.count(False) == 2 * len(micros)  # Reals and labels, which are the same here.
+    assert {role for micro in micros for role in micro.pixels} == {"path"}
+
+
+def test_without_graphs_each_step_runs_as_it_is() -> None:
+    graphs, ran = Graphs(False), []
+    for number in range(2 * WARM_UP):
+        (result,) = graphs.run(lambda x, key: (ran.append(key) or x + key,), torch.ones(1), number)
+        assert result == 1 + number
+    assert ran == list(range(2 * WARM_UP))
+    assert len(graphs) == 0
