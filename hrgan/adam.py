@@ -6,7 +6,7 @@ ZeRO leaves to this process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ class Adam(torch.optim.Adam):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        groups: list[list[nn.Parameter]],
         eps: float,
         over_processes: Callable[[Tensor], Tensor],
         copies: int,
@@ -55,8 +55,8 @@ class Adam(torch.optim.Adam):
     ) -> None:
         """Learning rate and betas are set before each step. over_processes: the sum of a tensor over the processes.
         copies: processes that hold the same gradients. scale: what the gradients are multiplied by."""
-        parameters = list(parameters)
-        super().__init__(parameters, eps=eps, fused=True, capturable=parameters[0].is_cuda)
+        named = [{"params": parameters} for parameters in groups]
+        super().__init__(named, eps=eps, fused=True, capturable=groups[0][0].is_cuda)
         self._over_processes, self._copies, self._loss_scale = over_processes, copies, scale
 
     @property
@@ -72,6 +72,7 @@ class Adam(torch.optim.Adam):
         """() float32: 1 if the last step was skipped."""
         self.norm = torch.zeros_like(self._wrong)
         """() float32: the gradient's L2 norm in the last step that was not skipped."""
+        self._square, self._parts = torch.zeros_like(self._wrong), 0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closures here
@@ -79,8 +80,10 @@ class Adam(torch.optim.Adam):
         square = torch.stack(torch._foreach_norm(gradients)).square().sum().to(self._wrong.device)
         wrong = torch.maximum(self._wrong, 1 - square.isfinite().float())
         found, total = self._over_processes(torch.stack([wrong, square / self._copies])).unbind()
-        self.skipped = (found > 0).float()
-        norm = total.sqrt() if self.scale is None else (total.sqrt() / self.scale).sum()
+        # DeepSpeed calls this for one group after the other, after it has seen that all are finite.
+        self.skipped = torch.maximum(self.skipped if self._parts else torch.zeros_like(found), (found > 0).float())
+        self._square, self._parts = self._square + total, self._parts + 1
+        norm = self._square.sqrt() if self.scale is None else (self._square.sqrt() / self.scale).sum()
         self.norm = torch.where(self.skipped > 0, torch.zeros_like(norm), norm)
         # What torch's own scaler sets: fused Adam takes both as tensors on the device.
         self.found_inf, self.grad_scale = self.skipped.to(gradients[0].device), self.scale

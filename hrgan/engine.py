@@ -207,16 +207,16 @@ class Engine:
                 _load(network, state.parts[name], name, None if goes_on else size)
         self.phase = phase
         self.ema = ema.to(self.device, memory_format=torch.channels_last).requires_grad_(False).eval()  # type: ignore[call-overload]
-        self.generator = self._prepare("generator", generator)
-        self.discriminator = self._prepare("discriminator", discriminator)
+        kept = state.parts if state is not None and (goes_on or not phase.resets_adam) else {}
+        self.generator = self._prepare("generator", generator, kept.get("adam_generator", {}))
+        self.discriminator = self._prepare("discriminator", discriminator, kept.get("adam_discriminator", {}))
         self.feedback = {name: torch.zeros(length, device=self.device) for name, length in FEEDBACK.items()}
         """What the steps before tell the next ones, besides weights and Adam."""
         self.feedback["augment_strength"].fill_(self.config.augment.strength)
         self.set_rates(rates(self.config, phase, phase.nimg_from))
         if state is not None:
             for net, part in ((self.generator, "adam_generator"), (self.discriminator, "adam_discriminator")):
-                if goes_on or not phase.resets_adam:
-                    self._load_adam(net, state.parts[part])
+                self._load_adam(net, kept.get(part, {}))
                 net.adam.load_scale(state.parts[part])
             for name, value in state.parts["feedback"].items():
                 self.feedback[name].copy_(value)
@@ -230,11 +230,14 @@ class Engine:
             for group in net.adam.param_groups:
                 group["lr"], group["betas"] = lr * ratio, (beta1**ratio, now.beta2**ratio)
 
-    def _prepare(self, name: str, module: nn.Module) -> Net:
+    def _prepare(self, name: str, module: nn.Module, kept: Tensors) -> Net:
+        """A network with its Adam, into which `kept` will be loaded."""
         scale = LossScale.first(self.device) if self.config.precision == "fp16" else None
         # Under ZeRO-1 and above each process holds a part of the gradients, else all of them.
         copies = 1 if self.zero_stage else self.world
-        adam = Adam(module.to(self.device).parameters(), self.config.optim.eps, self._over_processes, copies, scale)
+        module.to(self.device)
+        groups = zero.by_age(module, kept) if self.zero_stage else [list(module.parameters())]
+        adam = Adam(groups, self.config.optim.eps, self._over_processes, copies, scale)
         if self.zero_stage is None:
             module.to(memory_format=torch.channels_last)  # DeepSpeed takes no such weights
             if self.config.compile:
@@ -276,7 +279,7 @@ class Engine:
             return {name: tensor.clone() for name, tensor in _tensors(net.module).items()}
 
     def _adam(self, net: Net) -> Tensors:
-        tensors = zero.moments(net.module, net.adam) if self.zero_stage else _adam_tensors(net)
+        tensors = zero.moments(net.deepspeed, net.module, net.adam) if self.zero_stage else _adam_tensors(net)
         return tensors | net.adam.scale_tensors()
 
     def weights(self) -> dict[str, list[Tensor]]:

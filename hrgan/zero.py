@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
 from hrgan.adam import Adam
-from hrgan.config import Config, resolutions
+from hrgan.config import Config
 from hrgan.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -75,12 +76,6 @@ def _refuse_wrong(config: Config, settings: dict[str, Any]) -> None:
         raise UserError(
             "launch: ZeRO-3 cannot train with path lengths, whose second backward pass needs weights that it has "
             "already freed; set --loss.path_weight 0, or launch with ZeRO-2"
-        )
-    if stage and config.schedule.reset_adam == "never" and len(resolutions(config)) > 1:
-        raise UserError(
-            f"launch: ZeRO-{stage} cannot grow with schedule.reset_adam never: new blocks begin with step counts of "
-            "their own, where its parts of Adam have one for all; set --schedule.reset_adam fade_start, or launch with "
-            "DDP"
         )
     if config.precision == "fp16":
         raise UserError(
@@ -142,37 +137,67 @@ def whole(module: nn.Module) -> Iterator[None]:
         yield
 
 
-def moments(module: nn.Module, adam: Adam) -> dict[str, Tensor]:
-    """Adam's whole moments and step count as {parameter name}.{moment}, on every process; {} before the first step.
+def by_age(module: nn.Module, tensors: dict[str, Tensor]) -> list[list[nn.Parameter]]:
+    """A network's parameters, those together that have taken as many steps of Adam, as `moments` told: DeepSpeed keeps
+    one step count for all of a group, and a block that joins begins at 0."""
+    ages: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        age = float(tensors[f"{name}.step"]) if f"{name}.step" in tensors else 0.0
+        ages.setdefault(age, []).append(parameter)
+    return list(ages.values())
+
+
+def _groups(engine: Any) -> list[tuple[list[nn.Parameter], Tensor]]:
+    """DeepSpeed's groups: the parameters, and the flat tensor of this process's part of them that Adam holds."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        return list(zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True))
+    return list(zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True))
+
+
+def moments(engine: Any, module: nn.Module, adam: Adam) -> dict[str, Tensor]:
+    """Adam's whole moments and step counts as {parameter name}.{moment}, on every process; {} before the first step.
     All processes must call it."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    counts = [state["step"] for state in adam.state.values() if "step" in state]
-    if not counts:
+    if not any("step" in state for state in adam.state.values()):
         return {}
+    counts = {id(p): adam.state[flat]["step"] for parameters, flat in _groups(engine) for p in parameters}
     tensors = {}
     for name, parameter in module.named_parameters():
-        tensors[f"{name}.step"] = counts[0].clone()
+        tensors[f"{name}.step"] = counts[id(parameter)].clone()
         for key in MOMENTS:
             tensors[f"{name}.{key}"] = safe_get_full_optimizer_state(parameter, key)
     return tensors
 
 
 def load_moments(engine: Any, module: nn.Module, adam: Adam, tensors: dict[str, Tensor]) -> None:
-    """Give each process its partition of whole moments, as `moments` returns them."""
-    from deepspeed.utils import safe_set_full_optimizer_state
-
-    optimizer = engine.optimizer
-    steps = [value for name, value in tensors.items() if name.endswith(".step")]
-    if not steps:
+    """Give each process its partition of whole moments, as `moments` returns them; parameters without any begin. They
+    must be in groups `by_age`."""
+    if not any(name.endswith(".step") for name in tensors):
         return
-    stage_3 = engine.zero_optimization_stage() == 3
-    for flat in optimizer.fp32_partitioned_groups_flat if stage_3 else optimizer.single_partition_of_fp32_groups:
-        adam.state[flat]["step"] = steps[0].to(flat.device, copy=True)
+    named = {id(parameter): name for name, parameter in module.named_parameters()}
+    for parameters, flat in _groups(engine):
+        step = tensors.get(f"{named[id(parameters[0])]}.step", torch.zeros(()))
+        adam.state[flat]["step"] = step.to(flat.device, copy=True)
         for key in MOMENTS:
             adam.state[flat][key] = torch.zeros_like(flat, requires_grad=False)
-    if not stage_3:
-        optimizer._lazy_init_hp_params_optimizer_state()  # What its own first step would do.
+    if engine.zero_optimization_stage() != 3:
+        engine.optimizer._lazy_init_hp_params_optimizer_state()  # What its own first step would do.
     for name, parameter in module.named_parameters():
-        for key in MOMENTS:
-            safe_set_full_optimizer_state(parameter, tensors[f"{name}.{key}"].to(parameter.device), key)
+        for key in MOMENTS if f"{name}.step" in tensors else ():
+            _set_moment(parameter, tensors[f"{name}.{key}"].to(parameter.device), key)
+
+
+def _set_moment(parameter: nn.Parameter, value: Tensor, key: str) -> None:
+    """Give this process its part of a whole moment."""
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    divided = getattr(parameter, "ds_tensor", None)
+    if divided is None:
+        safe_set_full_optimizer_state(parameter, value, key)
+        return
+    # ZeRO-3's own division of a whole one fails where the processes do not divide its length.
+    size, parts = divided.numel(), dist.get_world_size()
+    padded = nn.functional.pad(value.flatten(), (0, size * parts - value.numel()))
+    safe_set_local_optimizer_state(parameter, padded[size * dist.get_rank() :][:size], key)
