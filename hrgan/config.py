@@ -138,10 +138,10 @@ class LossConfig:
     r1_every: int = 16
     """Steps between two R1 and R2 penalties; they are weighted by this number and D's Adam is corrected for it."""
     penalty: Literal["exact", "finite_difference"] = "exact"
-    """How R1 and R2 are computed: exact (double backward), or from the difference of D at noisy and clean images, which
-    ZeRO-3 needs (losses.finite_difference_penalty has its bias and variance)."""
+    """How R1 and R2 are computed: exact (double backward), or from the difference of D a step along its gradient, which
+    ZeRO-3 needs (losses.finite_difference_penalty has its bias)."""
     fd_sigma: float = 0.01
-    """Standard deviation of the noise of finite_difference, in units of pixels from -1 to 1."""
+    """Root mean square of finite_difference's step, in units of pixels from -1 to 1."""
     path_weight: float = 0.0
     """Weight of style's path-length regularisation (2 in Karras et al. 2020, arXiv 1912.04958); 0: none."""
     path_every: int = 4

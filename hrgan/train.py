@@ -30,7 +30,6 @@ from hrgan.metrics.extractor import Extractor, feature_size, make_extractor, oth
 from hrgan.metrics.source import reference
 from hrgan.monitor.log import RunLog
 from hrgan.monitor.meter import Meter
-from hrgan.networks import full_precision
 from hrgan.noise import draw, local_rows, pixel_noise
 from hrgan.pictures import to_float
 from hrgan.run import (
@@ -66,8 +65,8 @@ class Micro:
     """(n, latent) for G's step."""
     mix: Tensor
     """(n, 1, 1, 1) in [0, 1) for the penalty's points between real and fake."""
-    pixels: dict[str, Tensor]
-    """(n, C, R, R) from N(0, 1) for each penalty of this step that takes noise of a whole picture."""
+    path: Tensor | None
+    """(n, C, R, R) from N(0, 1), where this step penalises path lengths."""
     twists: dict[str, Tensor]
     """(n, augment.LENGTH) in [0, 1) for each of TWISTS: how its pictures are augmented; {} without augmentation."""
 
@@ -192,9 +191,8 @@ def penalise(engine: Engine, config: Config, micro: Micro, images: Pair, logits:
     """The configured penalty through the bare D (see engine.py), at the pictures as D got them. logits: what it said
     of them."""
     module, loss, scale = engine.discriminator.module, config.loss, engine.discriminator.adam.scale
-    differs = loss.kind != "wgan-gp" and loss.penalty == "finite_difference"
-    # A compiled network has no second derivative.
-    judge = module.forward if config.compile and not differs else module
+    exact = loss.kind == "wgan-gp" or loss.penalty == "exact"
+    judge = module.forward if config.compile and exact else module  # A compiled network has no second derivative.
 
     def critic(x: Tensor) -> Tensor:
         # All of one call stand for all of the labels, as often as they go in.
@@ -206,18 +204,12 @@ def penalise(engine: Engine, config: Config, micro: Micro, images: Pair, logits:
         return losses.gradient_penalty(critic, *images, micro.mix, loss.gp_lambda, loss.gp_target, scale)
     total = images[0].new_zeros(())
     gammas = now.rates.r1_gamma, now.rates.r2_gamma
-    for role, x, clean, gamma in zip(PENALTIES, images, logits, gammas, strict=True):
-        if gamma and not differs:
+    for x, clean, gamma in zip(images, logits, gammas, strict=True):
+        if gamma and exact:
             total = total + losses.r1_penalty(critic, x, gamma, scale)
         elif gamma:
-            noise, before = micro.pixels[role], clean if module.autocast is None else None
-            with full_precision(module):  # Differences of logits in half precision would be its rounding.
-                total = total + losses.finite_difference_penalty(critic, x, noise, loss.fd_sigma, gamma, before)
+            total = total + losses.finite_difference_penalty(critic, x, clean, loss.fd_sigma, gamma, scale)
     return total
-
-
-PENALTIES = ("penalty", "penalty r2")
-"""R1's and R2's roles in the noise of finite differences."""
 
 
 def path_lengths(engine: Engine, micro: Micro, alpha: float) -> Tensor:
@@ -231,7 +223,8 @@ def path_lengths(engine: Engine, micro: Micro, alpha: float) -> Tensor:
     z, labels = half(micro.z_g), None if micro.labels is None else half(micro.labels)
     ws = module.mapped(z, labels)  # type: ignore[operator]  # style has it, and only style has such a penalty
     images = module.drawn(ws, z, alpha)  # type: ignore[operator]
-    return losses.path_lengths(images, ws, half(micro.pixels["path"]), engine.generator.adam.scale)
+    assert micro.path is not None
+    return losses.path_lengths(images, ws, half(micro.path), engine.generator.adam.scale)
 
 
 def feed_back(engine: Engine, config: Config, now: Now, d: Tensor, g: Tensor) -> None:
@@ -289,9 +282,9 @@ def prepare_step(
         inputs["labels"] = place(labels)
     roles = TWISTS if config.augment.ops else ()
     inputs |= {role: noise(role, augment.LENGTH) for role in roles}
-    pictures = pixel_roles(config, moment(config, phase, nimg))
-    chunks = ((nimg + rows[::CHUNK]) // CHUNK).tolist()
-    inputs |= {role: pixel_noise(chunks, real.shape[1:], engine.device, config.seed, role) for role in pictures}
+    if moment(config, phase, nimg).path > 0:
+        chunks = ((nimg + rows[::CHUNK]) // CHUNK).tolist()
+        inputs["path"] = pixel_noise(chunks, real.shape[1:], engine.device, config.seed, "path")
     size = micro_size(config, phase.resolution, len(rows))
     parts = {name: torch.split(tensor, size) for name, tensor in inputs.items()}
     return [
@@ -301,19 +294,11 @@ def prepare_step(
             z_d=parts["z_d"][index],
             z_g=parts["z_g"][index],
             mix=parts["mix"][index],
-            pixels={role: parts[role][index] for role in pictures},
+            path=parts["path"][index] if "path" in parts else None,
             twists={role: parts[role][index] for role in roles},
         )
         for index in range(len(parts["real"]))
     ]
-
-
-def pixel_roles(config: Config, now: Now) -> list[str]:
-    """The penalties of a step that take noise of a whole picture."""
-    differs = now.penalty > 0 and config.loss.kind != "wgan-gp" and config.loss.penalty == "finite_difference"
-    gammas = (now.rates.r1_gamma, now.rates.r2_gamma)
-    found = [role for role, gamma in zip(PENALTIES, gammas, strict=True) if differs and gamma > 0]
-    return found + (["path"] if now.path > 0 else [])
 
 
 def one_step(

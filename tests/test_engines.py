@@ -47,8 +47,7 @@ Result = dict[str, torch.Tensor]
 LOSSES = {
     "WGAN-GP": LossConfig(kind="wgan-gp"),
     "exact R1": LossConfig(kind="logistic", r1_every=2),
-    # A larger sigma than the default: rounding is divided by it. (Not 0.3: there one of D's logits is 5e-7, rounding
-    # decides its sign, and the mean sign is among the numbers compared.)
+    # A larger sigma than the default: rounding is divided by it.
     "finite-difference R1": LossConfig(kind="logistic", r1_every=2, penalty="finite_difference", fd_sigma=0.2),
 }
 ENGINES: dict[str, int | None] = {"DDP": None, "ZeRO-0": 0, "ZeRO-1": 1, "ZeRO-2": 2}
