@@ -72,7 +72,7 @@ class Adam(torch.optim.Adam):
         """() float32: 1 if the last step was skipped."""
         self.norm = torch.zeros_like(self._wrong)
         """() float32: the gradient's L2 norm in the last step that was not skipped."""
-        self._square, self._parts = torch.zeros_like(self._wrong), 0
+        self._square, self._groups_done = torch.zeros_like(self._wrong), 0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closures here
@@ -81,8 +81,9 @@ class Adam(torch.optim.Adam):
         wrong = torch.maximum(self._wrong, 1 - square.isfinite().float())
         found, total = self._over_processes(torch.stack([wrong, square / self._copies])).unbind()
         # DeepSpeed calls this for one group after the other, after it has seen that all are finite.
-        self.skipped = torch.maximum(self.skipped if self._parts else torch.zeros_like(found), (found > 0).float())
-        self._square, self._parts = self._square + total, self._parts + 1
+        before = self.skipped if self._groups_done else torch.zeros_like(found)
+        self.skipped = torch.maximum(before, (found > 0).float())
+        self._square, self._groups_done = self._square + total, self._groups_done + 1
         norm = self._square.sqrt() if self.scale is None else (self._square.sqrt() / self.scale).sum()
         self.norm = torch.where(self.skipped > 0, torch.zeros_like(norm), norm)
         # What torch's own scaler sets: fused Adam takes both as tensors on the device.
@@ -100,6 +101,5 @@ class Adam(torch.optim.Adam):
     def load_scale(self, tensors: dict[str, Tensor]) -> None:
         """Take the loss scale of a checkpoint, where both have one."""
         if self._loss_scale and "loss_scale.value" in tensors:
-            device = self._loss_scale.value.device
-            self._loss_scale.value = tensors["loss_scale.value"].to(device)
-            self._loss_scale.good_steps = tensors["loss_scale.good_steps"].to(device)
+            self._loss_scale.value.copy_(tensors["loss_scale.value"])
+            self._loss_scale.good_steps.copy_(tensors["loss_scale.good_steps"])

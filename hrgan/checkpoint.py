@@ -318,15 +318,16 @@ def find(target: Path) -> Path:
     elif (target / "checkpoints").is_dir():
         best = target / "best"
         folder = target / "checkpoints" / (best.read_text().strip() if best.exists() else "none")
-        outgrown = fault(folder) is None and _outgrown(folder, numbered(target)[0])
+        numbers = numbered(target)
+        outgrown = bool(numbers) and _outgrown(folder, numbers[0])
+        if not outgrown and fault(folder) is None:
+            return folder
+        found = newest(target, lambda line: print(line, file=sys.stderr))
+        if found is None:
+            raise UserError(f"{target}: no checkpoint yet; train it first")
         if outgrown:
-            said = "its best checkpoint is of a smaller size than its newest, which is taken"
-            print(f"{target}: {said}", file=sys.stderr)
-        if outgrown or fault(folder) is not None:
-            found = newest(target, lambda line: print(line, file=sys.stderr))
-            if found is None:
-                raise UserError(f"{target}: no checkpoint yet; train it first")
-            folder = found
+            print(f"{target}: its best checkpoint is of a smaller size than {found.name}, taken here", file=sys.stderr)
+        return found
     else:
         raise UserError(
             f"{target}: neither a run directory nor a checkpoint folder; name for example runs/demo or "

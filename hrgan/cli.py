@@ -212,7 +212,7 @@ def bench_step(args: Namespace) -> None:
     from hrgan.apps.bench_step import bench_step as bench
 
     if args.peer:
-        rows = bench_peer(args.configuration.data, args.seconds)
+        rows = bench_peer(args.configuration.data, args.seconds, args.resolutions, args.precisions)
     else:
         rows = bench(args.configuration, args.seconds, args.with_saves, args.resolutions, args.precisions)
     if os.environ.get("RANK", "0") == "0":
@@ -224,7 +224,8 @@ def bench_switches(args: Namespace) -> None:
     from hrgan.apps.bench_switches import print_table
 
     rows = bench(args.configuration, args.seconds)
-    print(json.dumps(rows, indent=1)) if args.json else print_table(rows)
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(rows, indent=1)) if args.json else print_table(rows)
 
 
 def bench_world(args: Namespace) -> None:

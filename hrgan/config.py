@@ -104,6 +104,9 @@ class NetworkConfig:
     """Share of training pictures for which style takes the later layers' w from a second z (style mixing)."""
     noise: bool = True
     """Noise inputs of style, which draw what is random in a picture. Short runs on few images do without."""
+    channels_last: bool = True
+    """Keep the numbers of a pixel together in memory, which CPUs and tensor cores convolve fastest; false: those of a
+    channel."""
     blocks: int = 2
     """Residual blocks per resolution of r3."""
     group_size: int = 16
@@ -405,6 +408,7 @@ MAY_CHANGE = (
     "optim.rollback_lr",
     "limits.",
     "deterministic",
+    "network.channels_last",
     "cuda_graphs",
     "compile",
 )

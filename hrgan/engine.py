@@ -30,6 +30,7 @@ from hrgan.config import Config
 from hrgan.errors import REFUSALS, Drifted, HrganError, UserError, refused_by_system
 from hrgan.graphs import Graphs
 from hrgan.networks import AUTOCAST, make_discriminator, make_generator
+from hrgan.networks.layers import layout
 from hrgan.schedule import Phase, Rates, rates
 
 Tensors = dict[str, Tensor]
@@ -164,6 +165,9 @@ class Engine:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(config.deterministic)
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+            # Else a penalty's inner derivative runs in another thread, whose count of operations decides in which order
+            # gradients are summed: a process just started would round otherwise than one that goes on.
+            torch.autograd.set_multithreading_enabled(False)
         if config.compile and self.zero_stage is not None:
             raise UserError("compile: true, but DeepSpeed's hooks are not compiled; nearest: false, or DDP")
         self.graphs = Graphs(False)
@@ -176,6 +180,11 @@ class Engine:
             port = [kept.port]
         dist.broadcast_object_list(port, group=self._hosts)
         return kept or TCPStore(host, port[0], is_master=False, timeout=timeout)
+
+    @property
+    def can_record(self) -> bool:
+        """Whether CUDA graphs can hold a step: those of several processes would have to hold their collectives, too."""
+        return self.device.type == "cuda" and self.name == "one process"
 
     @property
     def name(self) -> str:
@@ -194,8 +203,7 @@ class Engine:
         """
         for accelerator in self.accelerators.values():
             accelerator.free_memory()  # Else DeepSpeed's old engines go on taking the gradients.
-        # Those of several processes would have to hold their collectives, too.
-        self.graphs = Graphs(self.config.cuda_graphs and self.device.type == "cuda" and self.name == "one process")
+        self.graphs = Graphs(self.config.cuda_graphs and self.can_record)
         if self.config.compile:
             torch.compiler.reset()  # What was compiled for the phase before, else counted as so many variants.
         size, fading, autocast = phase.resolution, phase.fading, AUTOCAST[self.config.precision]
@@ -206,7 +214,7 @@ class Engine:
             for name, network in (("generator", generator), ("ema", ema), ("discriminator", discriminator)):
                 _load(network, state.parts[name], name, None if goes_on else size)
         self.phase = phase
-        self.ema = ema.to(self.device, memory_format=torch.channels_last).requires_grad_(False).eval()  # type: ignore[call-overload]
+        self.ema = ema.to(self.device, memory_format=layout(self.config.network)).requires_grad_(False).eval()  # type: ignore[call-overload]
         kept = state.parts if state is not None and (goes_on or not phase.resets_adam) else {}
         self.generator = self._prepare("generator", generator, kept.get("adam_generator", {}))
         self.discriminator = self._prepare("discriminator", discriminator, kept.get("adam_discriminator", {}))
@@ -239,7 +247,7 @@ class Engine:
         groups = zero.by_age(module, kept) if self.zero_stage else [list(module.parameters())]
         adam = Adam(groups, self.config.optim.eps, self._over_processes, copies, scale)
         if self.zero_stage is None:
-            module.to(memory_format=torch.channels_last)  # DeepSpeed takes no such weights
+            module.to(memory_format=layout(self.config.network))  # DeepSpeed takes no such weights
             if self.config.compile:
                 module.compile()
             return Net(module, self.accelerator.prepare(module), adam)

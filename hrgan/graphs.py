@@ -15,6 +15,7 @@ from torch import Tensor
 WARM_UP = 3
 """Steps that run as they are before one like them is recorded: libraries choose their kernels in them."""
 MOST_REMEMBERED = 64
+"""Kinds of steps that are counted before the count begins anew."""
 
 Inputs = TypeVar("Inputs")
 Key = TypeVar("Key", bound=Hashable)
@@ -40,6 +41,9 @@ class Graphs:
         self._seen: Counter[Hashable] = Counter()
         self._recorded: dict[Hashable, Recorded] = {}
         self._pool = torch.cuda.graph_pool_handle() if on else None
+        # The first steps run on the stream that is recorded later, so that libraries have their workspaces there. Not
+        # torch's own, whose workspaces end with any graph.
+        self._stream: Any = torch.cuda.Stream() if on else None  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         """Steps recorded."""
@@ -55,17 +59,25 @@ class Graphs:
                 self._seen.clear()
             self._seen[key] += 1
             if self._seen[key] <= WARM_UP:
-                return act(inputs, key)
+                return self._launch(act, inputs, key)
             self._recorded[key] = self._record(act, inputs, key)
         recorded = self._recorded[key]
         torch._foreach_copy_(recorded.inputs, list(self.tensors(inputs)))
         recorded.graph.replay()
         return tuple(output.clone() for output in recorded.outputs)
 
+    def _launch(self, act: Act[Inputs, Key], inputs: Inputs, key: Key) -> Outputs:
+        here, aside = torch.cuda.current_stream(), self._stream
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            outputs = act(inputs, key)
+        here.wait_stream(aside)
+        return outputs
+
     def _record(self, act: Act[Inputs, Key], inputs: Inputs, key: Key) -> Recorded:
         held, graph = deepcopy(inputs), torch.cuda.CUDAGraph()
         # The loader's threads may go on to call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = act(held, key)
         return Recorded(graph, list(self.tensors(held)), outputs)
 

@@ -368,6 +368,8 @@ def train(config: Config, folder: Path) -> None:
                 f"{dataset.num_samples:,} images, "
                 f"{engine.world} x {engine.device.type} ({engine.name}), {config.precision}, {extractor.called('fd')}"
             )
+            if config.cuda_graphs and not engine.can_record:
+                run.say("cuda_graphs: only on one GPU in one process; here each step is launched")
             state = saved.state if saved else None
             if state is None and config.init_from is not None:
                 state = adopted(config, schedule.phases[0], Path(config.init_from), run.say)

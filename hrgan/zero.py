@@ -58,6 +58,7 @@ def plugins(config: Config) -> dict[str, DeepSpeedPlugin]:
         zero = settings["zero_optimization"]
         # D is called more than once a step: with overlapped communication some releases then summed wrongly.
         zero["overlap_comm"] = False
+        zero["compute_grad_norm"] = True  # What sees non-finite gradients before the first group's step.
         if zero["stage"] == 3:
             zero.setdefault("stage3_param_persistence_threshold", PERSISTENCE)
     return result
@@ -174,6 +175,8 @@ def moments(engine: Any, module: nn.Module, adam: Adam) -> dict[str, Tensor]:
 def load_moments(engine: Any, module: nn.Module, adam: Adam, tensors: dict[str, Tensor]) -> None:
     """Give each process its partition of whole moments, as `moments` returns them; parameters without any begin. They
     must be in groups `by_age`."""
+    from deepspeed.utils import safe_set_full_optimizer_state
+
     if not any(name.endswith(".step") for name in tensors):
         return
     named = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -182,22 +185,20 @@ def load_moments(engine: Any, module: nn.Module, adam: Adam, tensors: dict[str, 
         adam.state[flat]["step"] = step.to(flat.device, copy=True)
         for key in MOMENTS:
             adam.state[flat][key] = torch.zeros_like(flat, requires_grad=False)
-    if engine.zero_optimization_stage() != 3:
+    stage_3 = engine.zero_optimization_stage() == 3
+    if not stage_3:
         engine.optimizer._lazy_init_hp_params_optimizer_state()  # What its own first step would do.
     for name, parameter in module.named_parameters():
         for key in MOMENTS if f"{name}.step" in tensors else ():
-            _set_moment(parameter, tensors[f"{name}.{key}"].to(parameter.device), key)
+            moment = tensors[f"{name}.{key}"].to(parameter.device)
+            _divide_moment(parameter, moment, key) if stage_3 else safe_set_full_optimizer_state(parameter, moment, key)
 
 
-def _set_moment(parameter: nn.Parameter, value: Tensor, key: str) -> None:
-    """Give this process its part of a whole moment."""
-    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+def _divide_moment(parameter: Any, moment: Tensor, key: str) -> None:
+    """Give this process of ZeRO-3 its part of a whole moment: DeepSpeed's own division fails where the processes do not
+    divide its length."""
+    from deepspeed.utils import safe_set_local_optimizer_state
 
-    divided = getattr(parameter, "ds_tensor", None)
-    if divided is None:
-        safe_set_full_optimizer_state(parameter, value, key)
-        return
-    # ZeRO-3's own division of a whole one fails where the processes do not divide its length.
-    size, parts = divided.numel(), dist.get_world_size()
-    padded = nn.functional.pad(value.flatten(), (0, size * parts - value.numel()))
+    size: int = parameter.ds_tensor.numel()
+    padded = nn.functional.pad(moment.flatten(), (0, size * dist.get_world_size() - moment.numel()))
     safe_set_local_optimizer_state(parameter, padded[size * dist.get_rank() :][:size], key)

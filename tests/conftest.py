@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # Tests run several processes on few cores.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Read once, whichever test is the first on a GPU.
 
 TINY = """
 data: {{path: {shards}, workers: 0, slots: 2, window: 8}}

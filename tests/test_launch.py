@@ -97,6 +97,38 @@ def test_bench_step_says_what_saves_take(tiny: Path, capsys: pytest.CaptureFixtu
         assert row["overhead"] == pytest.approx(saves + row["look_seconds"] / LOOK_SECONDS)
 
 
+def test_bench_step_takes_the_sizes_and_precisions_that_are_asked_for(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["bench", "step", "--config", tiny, "--seconds", "0.01", "--json", "--data.path", ""]
+    assert cli(*words, "--resolutions", "[8]", "--precisions", "[bf16]") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["resolution"], row["precision"]) for row in rows] == [(8, "bf16")]
+    assert cli(*words, "--resolutions", "[300]") == 2
+    assert "--resolutions: [300] are none of the run's, [4, 8, 16]" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bench_switches_tries_each(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: written(module, backend="eager"))
+    words = ["bench", "switches", "--config", tiny, "--seconds", "0.01", "--data.path", ""]
+    assert cli(*words, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    tried = [(row["compile"], row["cuda_graphs"], row["channels_last"]) for row in rows]
+    one_gpu = torch.cuda.is_available()
+    pairs = [(compiled, graphs) for compiled in (False, True) for graphs in ((False, True) if one_gpu else (False,))]
+    assert tried == [*((*pair, True) for pair in pairs), (False, False, False)]
+    for row in rows:
+        assert row["resolution"] == 16
+        assert row["img_per_sec"] > 0
+        assert set(row["adam_ms"]) == {"fused", "foreach", "plain"}
+    assert cli(*words) == 0
+    assert "Adam, ms a step: fused" in capsys.readouterr().out
+
+
 def test_operations_of_a_step_are_counted_also_through_a_double_backward() -> None:
     """Of y = W x, each product of 2 n m k operations: one forward, one for the gradient by x, and four backward from
     that gradient's square."""

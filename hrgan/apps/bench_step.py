@@ -7,6 +7,7 @@ only when the device is done. Networks are those of the configuration at each re
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -28,13 +29,13 @@ from hrgan.checkpoint import Progress
 from hrgan.config import Config, DataConfig, LossConfig, NetworkConfig, Precision, ScheduleConfig, resolutions
 from hrgan.data.dataset import open_dataset
 from hrgan.engine import Engine
-from hrgan.errors import DataError
+from hrgan.errors import DataError, UserError
 from hrgan.graphs import WARM_UP
 from hrgan.networks import AUTOCAST
 from hrgan.run import LOOK_SECONDS
 from hrgan.schedule import Phase, make_schedule
 from hrgan.sizes import size_at
-from hrgan.train import Micro, Now, d_step, g_step, moment, one_step, open_reals, prepare_step
+from hrgan.train import ADAPT_EVERY, Micro, Now, d_step, g_step, moment, one_step, open_reals, prepare_step
 from hrgan.watch import Watch
 
 Row = dict[str, Any]
@@ -60,6 +61,9 @@ def bench_step(
     without one). Batches come from the loader where data.path holds a set, else from memory. with_saves: also what
     checkpoints and looks for a reason to stop take of a run's time."""
     rows = []
+    unknown = sorted(set(sizes) - set(resolutions(config)))
+    if unknown:
+        raise UserError(f"--resolutions: {unknown} are none of the run's, {resolutions(config)}")
     engine = Engine(config)
     for size in (size for size in resolutions(config) if not sizes or size in sizes):
         for precision in precisions:
@@ -99,15 +103,19 @@ def _overhead(engine: Engine, config: Config, img_per_sec: float) -> Row:
     return {"save_seconds": saving, "look_seconds": looking, "overhead": share}
 
 
-def bench_peer(data: DataConfig, seconds: float) -> list[Row]:
+def bench_peer(data: DataConfig, seconds: float, sizes: Collection[int], precisions: Sequence[Precision]) -> list[Row]:
     """The same rows for the networks, batches and loss that PEER was measured with, with the ratio of the speeds."""
     rows = []
-    for size, (batch, widths, peer) in PEER.items():
+    for size in sizes or PEER:
+        if size not in PEER:
+            raise UserError(f"--resolutions: {size} is none of the peer's, {list(PEER)}")
+        batch, widths, peer = PEER[size]
         network = NetworkConfig(resolution=size, latent=128, widths=widths, grow=False)
         config = Config(
             data=data, network=network, loss=LossConfig(kind="wgan-gp"), schedule=ScheduleConfig(batch=batch)
         )
-        rows += [{**row, "ratio": row["img_per_sec"] / peer} for row in bench_step(config, seconds)]
+        found = bench_step(config, seconds, precisions=precisions)
+        rows += [{**row, "ratio": row["img_per_sec"] / peer} for row in found]
     return rows
 
 
@@ -136,20 +144,23 @@ def endless_reals(engine: Engine, config: Config, phase: Phase) -> tuple[Iterato
 def _measure(engine: Engine, config: Config, phase: Phase, seconds: float) -> Row:
     reals, source = endless_reals(engine, config, phase)
     micros = prepare_step(engine, config, phase, phase.nimg_from, *next(reals))
-    if engine.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(engine.device)
+    forget_peak(engine)
     step, waiting = seconds_of_steps(engine, config, phase, reals, seconds)
-    memory = torch.cuda.max_memory_allocated(engine.device) / 1e9 if engine.device.type == "cuda" else None
+    memory = peak_gb(engine)
     loss = replace(config.loss, gp_lambda=0.0, r1_gamma=0.0, r2_gamma=0.0, path_weight=0.0)
     plain_step, _ = seconds_of_steps(engine, replace(config, loss=loss), phase, reals, seconds)
     first = replace(moment(config, phase, phase.nimg_from), alpha=1.0)
     plain = replace(first, penalty=0.0, path=0.0)
 
     def time_of(step: Step, now: Now) -> float:
-        def act(held: list[Micro], _: object) -> tuple[Tensor]:
+        def act(held: list[Micro], _: object) -> tuple[Tensor, ...]:
             return (step(engine, config, held, now),)
 
         return seconds_of(lambda: engine.graphs.run(act, micros, (step.__name__, now))[0], engine, seconds / 8)
+
+    def average(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Tensor:
+        engine.update_ema(now.rates.ema_kimg)
+        return engine.feedback["path_mean"]
 
     def operations_of(step: Step, now: Now) -> float:
         return _operations(lambda: step(engine, config, micros, now))
@@ -163,7 +174,7 @@ def _measure(engine: Engine, config: Config, phase: Phase, seconds: float) -> Ro
         "d": without[0],
         "g": without[1],
         "penalty": sum(extra),
-        "ema": seconds_of(lambda: engine.update_ema(first.rates.ema_kimg), engine, seconds / 16),
+        "ema": time_of(average, first),
         # As the step met it: the loader works beside the networks, so only the wait for it counts.
         "data": waiting,
     }
@@ -192,10 +203,23 @@ def seconds_of_steps(
         one_step(engine, config, phase, phase.nimg_from + phase.batch * next(numbers), images, labels)
 
     # Where steps are recorded, those of each kind are before the clock starts.
-    for _ in range(WARM_UP * max(lazily(config)) if engine.graphs.on else 0):
+    period = math.lcm(*lazily(config), ADAPT_EVERY if config.augment.target is not None else 1)
+    for _ in range((WARM_UP + 1) * period if engine.graphs.on else 0):
         whole()
     step = seconds_of(whole, engine, seconds)
     return step, data["seconds"] / data["steps"]
+
+
+def forget_peak(engine: Engine) -> None:
+    """Let `peak_gb` count from here on."""
+    if engine.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(engine.device)
+
+
+def peak_gb(engine: Engine) -> float | None:
+    """The most that this process kept of the GPU's memory, that of its graphs included; None without a GPU."""
+    return torch.cuda.max_memory_reserved(engine.device) / 1e9 if engine.device.type == "cuda" else None
 
 
 class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own lacks types

@@ -4,18 +4,17 @@ size: torch.compile, CUDA graphs, the memory format, and which of torch's Adams.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from hrgan.apps.bench_step import endless_reals, seconds_of, seconds_of_steps, stable_phase
+from hrgan.apps.bench_step import endless_reals, forget_peak, peak_gb, seconds_of, seconds_of_steps, stable_phase
 from hrgan.config import Config
 from hrgan.engine import Engine
+from hrgan.train import one_step
 
 Row = dict[str, Any]
 ADAMS: dict[str, Any] = {"fused": {"fused": True}, "foreach": {"foreach": True}, "plain": {"foreach": False}}
@@ -23,47 +22,40 @@ ADAMS: dict[str, Any] = {"fused": {"fused": True}, "foreach": {"foreach": True},
 
 def bench_switches(config: Config, seconds: float) -> list[Row]:
     """A row for each combination, with img_per_sec of the whole step in the configured precision, memory_gb on a GPU,
-    and start_seconds, what building, compiling, recording and the first steps took; and adam_ms, one step of both
-    networks by each of torch's Adams. CUDA graphs are tried on one GPU only."""
-    engine = Engine(config)
-    cuda = engine.device.type == "cuda"
-    pairs = [(compiled, graphs) for compiled in (False, True) for graphs in ((False, True) if cuda else (False,))]
-    rows = [_row(engine, replace(config, compile=a, cuda_graphs=b), seconds, channels_last=True) for a, b in pairs]
-    rows.append(_row(engine, replace(config, compile=False, cuda_graphs=cuda), seconds, channels_last=False))
+    and start_seconds, what building and the first step took, in which networks are compiled; and adam_ms, one step of
+    both networks by each of torch's Adams. CUDA graphs are tried on one GPU only."""
+    engine = Engine(replace(config, compile=True))  # Where that is refused, it is at once.
+    graphs = (False, True) if engine.can_record else (False,)
+    rows = [
+        _row(engine, replace(config, compile=compiled, cuda_graphs=recorded), seconds)
+        for compiled in (False, True)
+        for recorded in graphs
+    ]
+    rows.append(_row(engine, replace(config, network=replace(config.network, channels_last=False)), seconds))
     adams = {name: 1000 * _adam_seconds(engine, seconds / 4, words) for name, words in ADAMS.items()}
     return [row | {"adam_ms": adams} for row in rows]
 
 
-def _row(engine: Engine, config: Config, seconds: float, channels_last: bool) -> Row:
+def _row(engine: Engine, config: Config, seconds: float) -> Row:
     engine.config, phase = config, stable_phase(config, config.network.resolution)
     reals, _ = endless_reals(engine, config, phase)
     began = time.perf_counter()
+    forget_peak(engine)
     engine.enter(phase, None)
-    if not channels_last:
-        for net in (engine.generator, engine.discriminator):
-            net.module.to(memory_format=torch.contiguous_format)
-        reals = _contiguous(reals)
-    if engine.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(engine.device)
-    seconds_of_steps(engine, config, phase, reals, 0.0)
+    one_step(engine, config, phase, phase.nimg_from, *next(reals))[1].tolist()
     start = time.perf_counter() - began
     step, _ = seconds_of_steps(engine, config, phase, reals, seconds)
     return {
         "resolution": phase.resolution,
         "precision": config.precision,
         "batch": phase.batch,
-        "channels_last": channels_last,
+        "channels_last": config.network.channels_last,
         "compile": config.compile,
         "cuda_graphs": engine.graphs.on,
         "img_per_sec": phase.batch / step,
-        "memory_gb": torch.cuda.max_memory_allocated(engine.device) / 1e9 if engine.device.type == "cuda" else None,
+        "memory_gb": peak_gb(engine),
         "start_seconds": start,
     }
-
-
-def _contiguous(reals: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, labels in reals:
-        yield images.contiguous(), labels
 
 
 def _adam_seconds(engine: Engine, seconds: float, words: dict[str, Any]) -> float:

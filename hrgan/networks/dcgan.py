@@ -19,6 +19,7 @@ from hrgan.networks.layers import (
     at_least_float32,
     downsample,
     joined,
+    layout,
     logits_per_image,
     lrelu,
     project,
@@ -106,6 +107,7 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         self.resolution, self.fading, self.autocast = resolution, fading, autocast
+        self.layout = layout(config)
         self.classes = config.num_classes
         self.embedding = ClassEmbedding(self.classes, config.latent) if self.classes else None
         inputs = config.latent * (2 if self.classes else 1)
@@ -139,7 +141,7 @@ class Generator(nn.Module):
         classes."""
         with torch.autocast(z.device.type, self.autocast, enabled=self.autocast is not None):
             x = joined(z, self.embedding, labels)[:, :, None, None]
-            x = F.relu(self.first_norm(self.first(x).contiguous(memory_format=torch.channels_last)))  # (N, C, 4, 4)
+            x = F.relu(self.first_norm(self.first(x).contiguous(memory_format=self.layout)))  # (N, C, 4, 4)
             old = x
             for block in self.blocks.values():
                 old = x  # (N, C, R/4, R/4) in the end
@@ -163,6 +165,7 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         self.resolution, self.fading, self.autocast = resolution, fading, autocast
+        self.layout = layout(config)
         self.from_rgb = nn.ModuleDict(
             {
                 str(size): nn.Conv2d(config.channels, width(config, size // 2), 4, stride=2, padding=1, bias=False)
@@ -184,7 +187,7 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
         """Logits, higher is more real. `alpha` and `labels` as in the generator."""
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
-            image = x.contiguous(memory_format=torch.channels_last)
+            image = x.contiguous(memory_format=self.layout)
             x = lrelu(self.from_rgb[str(self.resolution)](image))  # (N, C, R/2, R/2)
             for size, block in self.blocks.items():
                 x = lrelu(block["norm"](block["conv"](x)))  # type: ignore[index]  # a ModuleDict

@@ -57,6 +57,11 @@ def width(config: NetworkConfig, resolution: int) -> int:
     return max(1, min(config.fmap_max, config.fmap_base * 2 // resolution))
 
 
+def layout(config: NetworkConfig) -> torch.memory_format:
+    """In which order the numbers of weights and features lie in memory."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
 def sizes(first: int, last: int) -> list[int]:
     """Powers of two from first to last."""
     return [1 << power for power in range(first.bit_length() - 1, last.bit_length())]
@@ -254,9 +259,8 @@ class _Filter(torch.autograd.Function):
 def spread(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, C, 2H - 1, 2W - 1): zeros between the pixels."""
     n, c, h, w = x.shape
-    y = torch.empty(
-        (n, c, 2 * h - 1, 2 * w - 1), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    ).zero_()
+    like = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    y = torch.empty((n, c, 2 * h - 1, 2 * w - 1), dtype=x.dtype, device=x.device, memory_format=like).zero_()
     y[:, :, ::2, ::2] = x
     return y
 

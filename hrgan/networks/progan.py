@@ -18,6 +18,7 @@ from hrgan.networks.layers import (
     ScaledLinear,
     downsample,
     joined,
+    layout,
     logits_of,
     logits_per_image,
     lrelu,
@@ -41,6 +42,7 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         self.resolution, self.fading, self.autocast = resolution, fading, autocast
+        self.layout = layout(config)
         self.rows, self.columns = config.grid
         first = width(config, 4)
         self.classes = config.num_classes
@@ -82,7 +84,7 @@ class Generator(nn.Module):
             x = self.dense(pixel_norm(joined(z, self.embedding, labels)))
             x = x.view(len(z), -1, self.rows, self.columns)  # (N, C, 4, 4)
             x = x + self.dense_bias.view(1, -1, 1, 1)
-            x = pixel_norm(lrelu(x.contiguous(memory_format=torch.channels_last)))
+            x = pixel_norm(lrelu(x.contiguous(memory_format=self.layout)))
             old = x
             for size, block in self.blocks.items():
                 if self.fading and size == str(self.resolution):
@@ -107,6 +109,7 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         self.resolution, self.fading, self.autocast = resolution, fading, autocast
+        self.layout = layout(config)
         self.from_rgb = nn.ModuleDict(
             {str(size): ScaledConv(config.channels, width(config, size), 1) for size in rgb_sizes(resolution, fading)}
         )
@@ -129,7 +132,7 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
         """Logits, higher is more real. `alpha` and `labels` as in the generator."""
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
-            image = x.contiguous(memory_format=torch.channels_last)
+            image = x.contiguous(memory_format=self.layout)
             x = lrelu(self.from_rgb[str(self.resolution)](image))  # (N, C, R, R)
             for size, block in self.blocks.items():
                 if size == "4":

@@ -21,6 +21,7 @@ from hrgan.networks.layers import (
     filtered_downsample,
     filtered_upsample,
     joined,
+    layout,
     logits_per_image,
     lrelu,
     project,
@@ -113,6 +114,7 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.resolution, self.fading, self.autocast = config, resolution, fading, autocast
+        self.layout = layout(config)
         self.classes = config.num_classes
         self.embedding = ClassEmbedding(self.classes, config.latent) if self.classes else None
         first = width(config, 4)
@@ -142,7 +144,7 @@ class Generator(nn.Module):
         classes."""
         with torch.autocast(z.device.type, self.autocast, enabled=self.autocast is not None):
             x = self.basis * self.dense(joined(z, self.embedding, labels))[:, :, None, None]  # (N, C, 4, 4)
-            x = old = x.contiguous(memory_format=torch.channels_last)
+            x = old = x.contiguous(memory_format=self.layout)
             for stage in self.blocks.values():
                 old, x = x, stage(x)  # in the end (N, C, R/2, R/2) and (N, C, R, R)
             image: Tensor = self.to_rgb[str(self.resolution)](x).float()  # (N, channels, R, R)
@@ -164,6 +166,7 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.resolution, self.fading, self.autocast = config, resolution, fading, autocast
+        self.layout = layout(config)
         self.from_rgb = nn.ModuleDict(
             {
                 str(size): nn.Conv2d(config.channels, width(config, size), 1, bias=False)
@@ -191,7 +194,7 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
         """Logits, higher is more real. `alpha` and `labels` as in the generator."""
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
-            image = x.contiguous(memory_format=torch.channels_last)
+            image = x.contiguous(memory_format=self.layout)
             x = self.from_rgb[str(self.resolution)](image)  # (N, C, R, R)
             for size, stage in self.blocks.items():
                 x = stage(x)

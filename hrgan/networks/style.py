@@ -25,6 +25,7 @@ from hrgan.networks.layers import (
     filtered_upsample,
     joined,
     latent_normal,
+    layout,
     logits_of,
     logits_per_image,
     lrelu,
@@ -172,6 +173,7 @@ class Generator(nn.Module):
     ) -> None:
         super().__init__()
         self.resolution, self.fading, self.autocast = resolution, fading, autocast
+        self.layout = layout(config)
         self.rows, self.columns = config.grid
         self.latent, self.mixing, self.classes = config.latent, config.mixing, config.num_classes
         self.noisy = config.noise
@@ -240,7 +242,7 @@ class Generator(nn.Module):
         noise: list[Tensor] | list[None] = self.noise(z) if self.noisy else [None] * (self.layers - 1)
         step = 0
         with torch.autocast(ws.device.type, self.autocast, enabled=self.autocast is not None):
-            x = self.constant.expand(len(ws), -1, -1, -1).contiguous(memory_format=torch.channels_last)
+            x = self.constant.expand(len(ws), -1, -1, -1).contiguous(memory_format=self.layout)
             image: Tensor | None = None
             for size, block in self.blocks.items():
                 for layer in block:  # type: ignore[attr-defined]  # a ModuleList
@@ -272,6 +274,7 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         self.resolution, self.fading, self.autocast = resolution, fading, autocast
+        self.layout = layout(config)
         self.from_rgb = nn.ModuleDict(
             {
                 str(size): Conv(config.channels, width(config, size), 1, HE_GAIN)
@@ -297,7 +300,7 @@ class Discriminator(nn.Module):
     def forward(self, x: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
         """Logits, higher is more real. `alpha` and `labels` as in the generator."""
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
-            image = x.contiguous(memory_format=torch.channels_last)
+            image = x.contiguous(memory_format=self.layout)
             x = lrelu(self.from_rgb[str(self.resolution)](image))  # (N, C, R, R)
             for size, block in self.blocks.items():
                 x = block(x)
