@@ -72,7 +72,7 @@ class Adam(torch.optim.Adam):
         """() float32: 1 if the last step was skipped."""
         self.norm = torch.zeros_like(self._wrong)
         """() float32: the gradient's L2 norm in the last step that was not skipped."""
-        self._square, self._groups_done = torch.zeros_like(self._wrong), 0
+        self._groups_before: tuple[Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closures here
@@ -80,11 +80,11 @@ class Adam(torch.optim.Adam):
         square = torch.stack(torch._foreach_norm(gradients)).square().sum().to(self._wrong.device)
         wrong = torch.maximum(self._wrong, 1 - square.isfinite().float())
         found, total = self._over_processes(torch.stack([wrong, square / self._copies])).unbind()
-        # DeepSpeed calls this for one group after the other, after it has seen that all are finite.
-        before = self.skipped if self._groups_done else torch.zeros_like(found)
-        self.skipped = torch.maximum(before, (found > 0).float())
-        self._square, self._groups_done = self._square + total, self._groups_done + 1
-        norm = self._square.sqrt() if self.scale is None else (self._square.sqrt() / self.scale).sum()
+        if self._groups_before:  # DeepSpeed steps group by group, after it has seen that all are finite.
+            found, total = torch.maximum(found, self._groups_before[0]), total + self._groups_before[1]
+        self._groups_before = found, total
+        self.skipped = (found > 0).float()
+        norm = total.sqrt() if self.scale is None else (total.sqrt() / self.scale).sum()
         self.norm = torch.where(self.skipped > 0, torch.zeros_like(norm), norm)
         # What torch's own scaler sets: fused Adam takes both as tensors on the device.
         self.found_inf, self.grad_scale = self.skipped.to(gradients[0].device), self.scale

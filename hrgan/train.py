@@ -195,10 +195,8 @@ def penalise(engine: Engine, config: Config, micro: Micro, images: Pair, logits:
     judge = module.forward if config.compile and exact else module  # A compiled network has no second derivative.
 
     def critic(x: Tensor) -> Tensor:
-        # All of one call stand for all of the labels, as often as they go in.
-        labels = None if micro.labels is None else micro.labels.repeat(len(x) // len(micro.labels))
-        logits: Tensor = judge(x, labels, now.alpha)[:, :1]
-        return logits
+        of_x: Tensor = judge(x, micro.labels, now.alpha)[:, :1]
+        return of_x
 
     if loss.kind == "wgan-gp":
         return losses.gradient_penalty(critic, *images, micro.mix, loss.gp_lambda, loss.gp_target, scale)
@@ -310,11 +308,11 @@ def one_step(
     if config.augment.target is None:
         engine.feedback["augment_strength"].fill_(now.rates.augment)
     micros = prepare_step(engine, config, phase, nimg, images, labels)
-    d_values, g_values = engine.graphs.run(partial(update, engine, config), micros, now)
+    d_values, g_values = engine.graphs.run(partial(device_step, engine, config), micros, now)
     return now, d_values, g_values
 
 
-def update(engine: Engine, config: Config, micros: list[Micro], now: Now) -> tuple[Tensor, Tensor]:
+def device_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> tuple[Tensor, Tensor]:
     """All that a step does on the device, a function of tensors and `now` alone. What d_step and g_step return."""
     d_values = d_step(engine, config, micros, now)
     g_values = g_step(engine, config, micros, now)

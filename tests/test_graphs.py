@@ -17,7 +17,7 @@ from hrgan.config import Config
 from hrgan.engine import Engine
 from hrgan.graphs import WARM_UP, Graphs
 from hrgan.schedule import make_schedule
-from hrgan.train import Micro, Now, moment, one_step, prepare_step, update
+from hrgan.train import Micro, Now, device_step, moment, one_step, prepare_step
 from tests.test_step import STEPS
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -120,7 +120,7 @@ def test_steps_of_one_key_do_the_same_operations_with_the_same_numbers(name: str
         engine.set_rates(now.rates)
         micros = prepare_step(engine, config, phase, nimg, images, torch.arange(16) % 2)
         with Log() as log:
-            update(engine, config, micros, now)
+            device_step(engine, config, micros, now)
         if step >= 4:  # Not the first of each kind, which makes Adam's moments.
             kinds += now in logs
             assert logs.setdefault(now, log.lines) == log.lines, now
