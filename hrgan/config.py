@@ -372,8 +372,8 @@ class Config:
     """On one GPU: steps that do the same as three before are recorded once and replayed, which spares the CPU the
     launch of each kernel. Not in fades and ramps, where each step is another; not with several processes."""
     compile: bool = False
-    """Compile the networks by torch.compile (a minute or more at each phase; not under DeepSpeed). Exact penalties and
-    path lengths run as written."""
+    """Compile the networks by torch.compile (a minute or more at each phase; not under DeepSpeed). D runs as written in
+    steps with R1 or R2, G for path lengths: what is compiled has one derivative."""
 
 
 CLIP = tuple(

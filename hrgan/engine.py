@@ -2,9 +2,9 @@
 `accelerate launch` started the program.
 
 Which calls are right was measured before. DDP reduces gradients only for what went through its wrapper, once a
-backward: the adversarial term goes through `wrapped`, the penalty through `module`, both in one scalar with one
-backward; in the generator's step the discriminator is frozen and bare. Under DeepSpeed all goes through the bare
-module, so `wrapped` is the module there. Parameters, Adam and EMA are float32; precision is autocast inside the
+backward: the adversarial term goes through `wrapped`, what a penalty asks D again through `module`, all in one scalar
+with one backward; in the generator's step the discriminator is frozen and bare. Under DeepSpeed all goes through the
+bare module, so `wrapped` is the module there. Parameters, Adam and EMA are float32; precision is autocast inside the
 forward.
 """
 

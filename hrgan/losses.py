@@ -94,22 +94,23 @@ def class_loss(scores: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(scores, labels)
 
 
-def input_gradient(critic: Critic, x: Tensor, scale: Tensor | None = None) -> Tensor:
+def input_gradient(logits: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
     """(N, C, H, W) gradient of each sample's logit by its own pixels, itself differentiable by the critic's
     parameters.
 
-    scale: (1,) float32; the gradient is computed multiplied by it and divided by it at the end, so that a critic in
-    float16 does not round small gradients to zero on the way. None: not scaled.
+    logits: (N, 1), what the critic said of x, which requires a gradient. scale: (1,) float32; the gradient is computed
+    multiplied by it and divided by it at the end, so that a critic in float16 does not round small gradients to zero on
+    the way. None: not scaled.
     """
-    gradient = _gradient(critic, x, scale, differentiable=True)
+    gradient = _gradient(logits, x, scale, differentiable=True)
     return gradient if scale is None else gradient / scale
 
 
-def _gradient(critic: Critic, x: Tensor, scale: Tensor | None, differentiable: bool) -> Tensor:
+def _gradient(logits: Tensor, x: Tensor, scale: Tensor | None, differentiable: bool) -> Tensor:
     """The gradient multiplied by the scale."""
-    x = x.detach().requires_grad_(True)
-    total = critic(x).sum()
-    (gradient,) = torch.autograd.grad(total if scale is None else total * scale, x, create_graph=differentiable)
+    total = logits.sum()
+    total = total if scale is None else total * scale
+    (gradient,) = torch.autograd.grad(total, x, retain_graph=True, create_graph=differentiable)
     return gradient
 
 
@@ -120,13 +121,17 @@ def gradient_penalty(
 
     real, fake: (N, C, H, W); mix: (N, 1, 1, 1) from U(0, 1). The norm is over C, H, W. scale: see input_gradient.
     """
-    norm = input_gradient(critic, torch.lerp(real, fake, mix), scale).square().sum((1, 2, 3)).sqrt()
+    x = torch.lerp(real, fake, mix).detach().requires_grad_()
+    norm = input_gradient(critic(x), x, scale).square().sum((1, 2, 3)).sqrt()
     return weight / target**2 * (norm - target).square().mean()
 
 
-def r1_penalty(critic: Critic, real: Tensor, gamma: float, scale: Tensor | None = None) -> Tensor:
-    """R1 (Mescheder et al. 2018): gamma / 2 * E[|grad D(real)|^2], the norm over C, H, W. scale: see input_gradient."""
-    return gamma / 2 * input_gradient(critic, real, scale).square().sum((1, 2, 3)).mean()
+def r1_penalty(logits: Tensor, x: Tensor, gamma: float, scale: Tensor | None = None) -> Tensor:
+    """R1 (Mescheder et al. 2018): gamma / 2 * E[|grad D(x)|^2], the norm over C, H, W; R2 where x are fakes. logits, x,
+    scale: see input_gradient. With the logits of the adversarial term, D is computed once for both: a penalty then
+    costs half of what it does with a second pass.
+    """
+    return gamma / 2 * input_gradient(logits, x, scale).square().sum((1, 2, 3)).mean()
 
 
 def finite_difference_penalty(
@@ -135,14 +140,20 @@ def finite_difference_penalty(
     """R1 without a double backward: gamma / 2 * E[((D(x + h u) - D(x)) / h)^2], where u is the unit vector of each
     image's own gradient, held constant, and h = sigma sqrt(C H W), so that sigma is the root mean square of the step.
 
-    x: (N, C, H, W); clean: (N, 1) D(x), differentiable by the critic's parameters. scale: see input_gradient. The
-    quotient is |grad D| + h/2 u'Hu + O(h^2), and what is held constant does not change its gradient by the parameters,
-    because |grad D| is the largest of the slopes: R1 with a bias of first order in h. (Leaky ReLU networks are linear
-    but at their kinks, of which a step crosses some.) A quotient along random noise has R1's expectation, too, but its
-    gradient by the parameters is noise: of a trained D at 64² 300 times as long as R1's (docs/results), which no mean
-    over a batch and no Adam takes out again.
+    x: (N, C, H, W); clean: (N, 1) D(x), differentiable by the critic's parameters. scale: see input_gradient. Where x
+    requires no gradient (ZeRO-3 lets nothing pass backwards twice), D(x) is computed once more for it.
+
+    The quotient is |grad D| + h/2 u'Hu + O(h^2), and what is held constant does not change its gradient by the
+    parameters, because |grad D| is the largest of the slopes: R1 with a bias of first order in h. (Leaky ReLU networks
+    are linear but at their kinks, of which a step crosses some.) A quotient along random noise has R1's expectation,
+    too, but its gradient by the parameters is noise: of a trained D at 64² 300 times as long as R1's (docs/results),
+    which no mean over a batch and no Adam takes out again.
     """
-    gradient = _gradient(critic, x, scale, differentiable=False)
+    if x.requires_grad:
+        gradient = _gradient(clean, x, scale, differentiable=False)
+    else:
+        again = x.detach().requires_grad_()
+        gradient = _gradient(critic(again), again, scale, differentiable=False)
     length = gradient.square().sum((1, 2, 3), keepdim=True).sqrt()
     step = sigma * math.sqrt(x[0].numel())
     ahead = critic(x.detach() + step * gradient / length.clamp_min(torch.finfo(length.dtype).tiny))

@@ -7,7 +7,7 @@ Everything is a function of (config, seed, nimg): nothing but tensors and nimg i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,18 +108,21 @@ ADAPT_EVERY = 4
 def d_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Tensor:
     """One update of D. Returns meter.D_VALUES: (8,) float32."""
     net, sums = engine.discriminator, torch.zeros(6, device=engine.device)
+    slopes = slopes_of(engine, config, now)
     for micro in micros:
         with torch.no_grad():
             fake = twisted(engine, config, engine.generator.module(micro.z_d, micro.labels, now.alpha), micro, 1)
             real = twisted(engine, config, micro.real, micro, 0)
+        real, fake = (x.detach().requires_grad_(gamma > 0) for x, gamma in zip((real, fake), slopes, strict=True))
         with engine.micro_step(net, last=micro is micros[-1]):
-            real_out, fake_out = judged(net, real, fake, micro.labels, now.alpha)
+            real_out, fake_out = judged(config, net, real, fake, micro.labels, now.alpha)
             real_logits, fake_logits = real_out[:, :1], fake_out[:, :1]
             loss = losses.adversarial_d(config.loss.kind, real_logits, fake_logits, config.loss.drift)
             loss = loss + classified(config, real_out, micro) + classified(config, fake_out, micro)
             penalty = torch.zeros_like(loss)
             if now.penalty:
-                penalty = penalise(engine, config, micro, (real, fake), (real_logits, fake_logits), now)
+                with uncompiled(config):
+                    penalty = penalise(engine, config, micro, (real, fake), (real_logits, fake_logits), now)
                 loss = loss + now.penalty * penalty
             engine.backward(net, loss / len(micros))
         of_logits = (real_logits.mean(), fake_logits.mean(), penalty, sign(real_logits), sign(fake_logits))
@@ -154,13 +157,22 @@ def g_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Ten
     return torch.cat([sums, torch.stack([net.adam.norm, skipped])])
 
 
-def judged(net: Net, real: Tensor, fake: Tensor, labels: Tensor | None, alpha: float) -> tuple[Tensor, Tensor]:
-    """What D says of reals and fakes: in one call, where its family allows."""
-    if net.module.apart:
-        return net.wrapped(real, labels, alpha), net.wrapped(fake, labels, alpha)
+def judged(
+    config: Config, net: Net, real: Tensor, fake: Tensor, labels: Tensor | None, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """What D says of reals and fakes: in one call, where its family allows and its slope at neither is asked for."""
+    slopes = real.requires_grad or fake.requires_grad
+    if slopes or net.module.apart:
+        with uncompiled(config) if slopes else nullcontext():
+            return net.wrapped(real, labels, alpha), net.wrapped(fake, labels, alpha)
     both = None if labels is None else torch.cat([labels, labels])
     real_out, fake_out = net.wrapped(torch.cat([real, fake]), both, alpha).chunk(2)
     return real_out, fake_out
+
+
+def uncompiled(config: Config) -> AbstractContextManager[None]:
+    """For what is differentiated by the pictures, too: a compiled network goes backwards but once."""
+    return torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
 
 
 def sign(logits: Tensor) -> Tensor:
@@ -187,26 +199,30 @@ Pair = tuple[Tensor, Tensor]
 """Of reals and of fakes."""
 
 
+def slopes_of(engine: Engine, config: Config, now: Now) -> tuple[float, float]:
+    """Weights of the penalties whose slopes, at reals and at fakes, are those of the logits of the adversarial term."""
+    if not now.penalty or config.loss.kind == "wgan-gp" or engine.zero_stage == 3:
+        return 0.0, 0.0
+    return now.rates.r1_gamma, now.rates.r2_gamma
+
+
 def penalise(engine: Engine, config: Config, micro: Micro, images: Pair, logits: Pair, now: Now) -> Tensor:
-    """The configured penalty through the bare D (see engine.py), at the pictures as D got them. logits: what it said
-    of them."""
+    """The configured penalty at the pictures as D got them. logits: what it said of them. Where D is asked again, it is
+    the bare one (see engine.py)."""
     module, loss, scale = engine.discriminator.module, config.loss, engine.discriminator.adam.scale
-    exact = loss.kind == "wgan-gp" or loss.penalty == "exact"
-    judge = module.forward if config.compile and exact else module  # A compiled network has no second derivative.
 
     def critic(x: Tensor) -> Tensor:
-        of_x: Tensor = judge(x, micro.labels, now.alpha)[:, :1]
+        of_x: Tensor = module(x, micro.labels, now.alpha)[:, :1]
         return of_x
 
     if loss.kind == "wgan-gp":
         return losses.gradient_penalty(critic, *images, micro.mix, loss.gp_lambda, loss.gp_target, scale)
     total = images[0].new_zeros(())
-    gammas = now.rates.r1_gamma, now.rates.r2_gamma
-    for x, clean, gamma in zip(images, logits, gammas, strict=True):
-        if gamma and exact:
-            total = total + losses.r1_penalty(critic, x, gamma, scale)
+    for x, of_x, gamma in zip(images, logits, (now.rates.r1_gamma, now.rates.r2_gamma), strict=True):
+        if gamma and loss.penalty == "exact":
+            total = total + losses.r1_penalty(of_x, x, gamma, scale)
         elif gamma:
-            total = total + losses.finite_difference_penalty(critic, x, clean, loss.fd_sigma, gamma, scale)
+            total = total + losses.finite_difference_penalty(critic, x, of_x, loss.fd_sigma, gamma, scale)
     return total
 
 

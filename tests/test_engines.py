@@ -266,9 +266,8 @@ def planted(trap: str, engine: Engine) -> Iterator[None]:
         if trap == "all through the bare module under DDP":
             prepare = engine._prepare
             patch.setattr(engine, "_prepare", lambda *words: bare(prepare(*words)))
-        if trap == "R1 through DDP's wrapper with a static graph":
+        if trap == "R1 under DDP with a static graph":
             patch.setattr(engine.accelerator.ddp_handler, "static_graph", True)
-            patch.setattr(loop, "penalise", penalise_through_wrapper)
         if trap == "gradients clipped at 1.0, the default":
             for plugin in engine.accelerator.state.deepspeed_plugins.values():
                 patch.setitem(plugin.deepspeed_config, "gradient_clipping", 1.0)
@@ -282,15 +281,6 @@ def planted(trap: str, engine: Engine) -> Iterator[None]:
             prepare = engine._prepare
             patch.setattr(engine, "_prepare", lambda *words: through_deepspeed(prepare(*words)))
         yield
-
-
-def penalise_through_wrapper(engine: Engine, *words: Any) -> torch.Tensor:
-    net = engine.discriminator
-    engine.discriminator = replace(net, module=net.wrapped)
-    try:
-        return PENALISE(engine, *words)
-    finally:
-        engine.discriminator = net
 
 
 def bare(net: Net) -> Net:
@@ -307,19 +297,19 @@ def d_step_with_two_backwards(engine: Engine, config: Config, micros: list[Any],
     with torch.no_grad():
         fake = engine.generator.module(micro.z_d, None, now.alpha)
     with engine.micro_step(net, last=True):
-        real_logits, fake_logits = loop.judged(net, micro.real, fake, None, now.alpha)
+        real_logits, fake_logits = loop.judged(config, net, micro.real, fake, None, now.alpha)
         loss = loop.losses.adversarial_d(config.loss.kind, real_logits, fake_logits, config.loss.drift)
         engine.backward(net, loss)
-        penalty = loop.penalise(engine, config, micro, (micro.real, fake), (real_logits, fake_logits), now)
+        x = micro.real.detach().requires_grad_()
+        penalty = loop.losses.r1_penalty(net.module(x, None, now.alpha), x, now.rates.r1_gamma)
         engine.backward(net, now.penalty * penalty)
     skipped = engine.update(net, loss)
     return torch.stack([loss, loss, loss, penalty, loss, loss, net.adam.norm, skipped]).detach()
 
 
-PENALISE = loop.penalise
 TRAPS = {
     "all through the bare module under DDP": (None, "drifted"),
-    "R1 through DDP's wrapper with a static graph": (None, "drifted"),
+    "R1 under DDP with a static graph": (None, "drifted"),
     "gradients clipped at 1.0, the default": (1, "differs"),
     "D not frozen in the generator's step": (1, "differs"),
     "two backwards for one update": (1, "differs"),

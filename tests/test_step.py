@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hrgan import losses
 from hrgan.config import (
     AugmentConfig,
     Config,
@@ -20,13 +21,13 @@ from hrgan.config import (
     RampConfig,
     ScheduleConfig,
 )
-from hrgan.engine import Engine, corrections
+from hrgan.engine import Engine, Net, corrections
 from hrgan.monitor.meter import Meter
 from hrgan.networks.layers import downsample, upsample
 from hrgan.noise import local_rows
 from hrgan.pictures import to_float
 from hrgan.schedule import make_schedule, rates
-from hrgan.train import micro_size, moment, one_step, prepare_step
+from hrgan.train import d_step, micro_size, moment, one_step, prepare_step
 
 SMALL = Config(
     network=NetworkConfig(resolution=8, latent=8, widths=[8, 8]),
@@ -125,6 +126,48 @@ def test_cuda_counts_no_synchronisation_in_a_step(name: str) -> None:
             step(nimg)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("gammas", [(2.0, 0.0), (0.0, 2.0), (3.0, 2.0)])
+@pytest.mark.parametrize("family", ["progan", "style", "r3"])
+def test_a_penalty_s_gradient_is_its_definition_s(
+    family: str, gammas: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of passes of their own, where the step takes that of the adversarial term."""
+    network = NetworkConfig(resolution=8, latent=8, widths=[8, 8], family=family, mapping_layers=2, group_size=4)
+    loss = LossConfig(kind="relativistic", r1_gamma=gammas[0], r2_gamma=gammas[1], r1_every=2)
+    config = replace(SMALL, network=network, loss=loss, precision="float32")
+    engine = stepper(config)(112)  # Biases and what begins as zero have moved.
+    phase = make_schedule(config).phases[1]
+    micros = prepare_step(engine, config, phase, 128, torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8))
+    now = replace(moment(config, phase, 128), penalty=2.0)
+    critic = engine.discriminator.module
+    expected: dict[str, torch.Tensor] = {}
+    for micro in micros:
+        fake = engine.generator.module(micro.z_d, None, now.alpha).detach()
+        total = losses.relativistic_d(critic(micro.real, None, now.alpha), critic(fake, None, now.alpha))
+        for images, gamma in zip((micro.real, fake), gammas, strict=True):
+            x = images.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(critic(x, None, now.alpha).sum(), x, create_graph=True)
+            total = total + now.penalty * gamma / 2 * slope.square().sum((1, 2, 3)).mean()
+        for name, gradient in _gradients(critic, total / len(micros)).items():
+            expected[name] = expected.get(name, torch.zeros_like(gradient)) + gradient
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(net: Net, loss: torch.Tensor) -> torch.Tensor:
+        found.update({name: p.grad.clone() for name, p in net.module.named_parameters() if p.grad is not None})
+        return torch.zeros(())
+
+    monkeypatch.setattr(engine, "update", keep)
+    d_step(engine, config, micros, now)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7)
+
+
+def _gradients(network: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    names, parameters = zip(*network.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
 def test_lazy_regularisation_corrects_d_s_adam() -> None:
