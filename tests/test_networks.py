@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hrgan.config import Config, NetworkConfig
 from hrgan.networks import layers as L
@@ -114,3 +119,61 @@ def test_bf16_computes_nearly_the_same_in_float32_out() -> None:
     assert half.dtype == torch.float32
     error = (full - half).square().mean().sqrt() / full.square().mean().sqrt()
     assert 1e-4 < error < 0.03  # Some rounding, so that it is known to have been on; bf16 has 8 bits.
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("kernel", "stride", "groups"), [(3, 1, 1), (3, 1, 2), (4, 2, 1), (1, 1, 1)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_convolution_and_its_first_and_second_derivatives_are_torch_s(
+    kernel: int, stride: int, groups: int, transposed: bool, bias: bool
+) -> None:
+    torch.manual_seed(kernel)
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 4 // groups, kernel, kernel, dtype=torch.float64, requires_grad=True)
+    offset = torch.randn(4, dtype=torch.float64, requires_grad=True) if bias else None
+    arguments = [x, weight] if offset is None else [x, weight, offset]
+    padding = (kernel - 1) // 2
+    theirs = F.conv_transpose2d if transposed else F.conv2d
+
+    def values(y: Tensor) -> list[Tensor]:
+        # All derivatives of a sum of squares: by all, of the pixels' by all, and of the weights' by all.
+        loss = y.square().sum()
+        first = torch.autograd.grad(loss, arguments, create_graph=True)
+        of_pixels = torch.autograd.grad(first[0].square().sum(), arguments, retain_graph=True, materialize_grads=True)
+        of_others = torch.autograd.grad(
+            sum(g.square().sum() for g in first[1:]), arguments, retain_graph=True, materialize_grads=True
+        )
+        (alone,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        of_alone = torch.autograd.grad(alone.square().sum(), arguments, materialize_grads=True, allow_unused=True)
+        return [y, *first, *of_pixels, *of_others, alone, *of_alone]
+
+    found = values(L.convolve(x, weight, offset, padding, stride, groups, transposed))
+    expected = values(theirs(x, weight, offset, stride=stride, padding=padding, groups=groups))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_penalty_s_inner_derivative_computes_no_gradient_of_weights() -> None:
+    counted = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.convolution_backward.default:
+                counted.append(list(args[-1]))
+            return func(*args, **(kwargs or {}))
+
+    conv = L.Conv2d(4, 4, 3, padding=1)
+    x = torch.randn(2, 4, 6, 6, requires_grad=True)
+    with Count():
+        y = conv(x)
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        assert counted == [[True, False, False]]
+        (slope.square().sum() + y.square().sum()).backward()
+    assert counted[1:] == [[False, True, False], [True, True, True]]
+
+
+def test_a_leaky_relu_s_derivatives_are_torch_s() -> None:
+    x = torch.randn(100, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(L.lrelu(x), F.leaky_relu(x, 0.2))
+    assert torch.autograd.gradcheck(L.lrelu, x)
+    assert torch.autograd.gradgradcheck(L.lrelu, x)

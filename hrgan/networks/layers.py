@@ -108,12 +108,11 @@ class ScaledConv(nn.Module):
         weight = self.weight * self.scale
         padding = weight.shape[-1] // 2
         if self.resample == "up":
-            return F.conv_transpose2d(
-                x, widened(weight).flip(2, 3).transpose(0, 1), self.bias, stride=2, padding=padding
-            )
+            weight = widened(weight).flip(2, 3).transpose(0, 1)
+            return convolve(x, weight, self.bias, padding, stride=2, transposed=True)
         if self.resample == "down":
-            return F.conv2d(x, widened(weight) / 4, self.bias, stride=2, padding=padding)
-        return F.conv2d(x, weight, self.bias, padding=padding)
+            return convolve(x, widened(weight) / 4, self.bias, padding, stride=2)
+        return convolve(x, weight, self.bias, padding)
 
 
 def widened(weight: Tensor) -> Tensor:
@@ -203,9 +202,24 @@ def pixel_norm(x: Tensor) -> Tensor:
     return y
 
 
+class _LeakyReLU(torch.autograd.Function):
+    """Written out for its second derivative, which is nothing: torch's own adds up zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.leaky_relu(x, LRELU_SLOPE)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.leaky_relu_backward(gradient, x.detach(), LRELU_SLOPE, False)
+
+
 def lrelu(x: Tensor) -> Tensor:
     """Leaky ReLU of slope 0.2."""
-    return F.leaky_relu(x, LRELU_SLOPE)
+    y: Tensor = _LeakyReLU.apply(x)
+    return y
 
 
 def minibatch_stddev(x: Tensor) -> Tensor:
@@ -229,6 +243,91 @@ def upsample(x: Tensor) -> Tensor:
 def downsample(x: Tensor) -> Tensor:
     """(N, C, H, W) -> (N, C, H/2, W/2), 2x2 box mean."""
     return F.avg_pool2d(x, 2)
+
+
+class _Convolution(torch.autograd.Function):
+    """Written out for its second derivative, which penalties of gradients want: torch's own goes group by group, and
+    finds weights' gradients by convolutions with kernels as large as the pictures. Here all are convolutions and their
+    gradients, as any network's: a convolution is linear in both of its factors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rest: tuple[Any, ...]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.rest = rest
+        return torch.convolution(x, weight, bias, *rest)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        # What requires a gradient need not get one now: a penalty's inner derivative is by the pictures alone.
+        nodes = [*(node for node, _ in ctx.next_functions[1:]), None]  # of the weight, and of a bias
+        which = [ctx.needs_input_grad[0], _is_wanted(nodes[0]), _is_wanted(nodes[1])]
+        act: Any = _ConvolutionBackward.apply if torch.is_grad_enabled() else _slopes
+        return *act(gradient, *ctx.saved_tensors, ctx.rest, which), None
+
+
+def _is_wanted(node: Any) -> bool:
+    """Whether the backward that runs needs the gradient that a node of the graph takes."""
+    if node is None or torch.compiler.is_compiling():
+        return node is not None
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # It does not say so of a leaf that autograd.grad was asked for.
+        return True
+
+
+class _ConvolutionBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, x: Tensor, weight: Tensor, rest: tuple[Any, ...], which: list[bool]) -> Any:
+        ctx.save_for_backward(gradient, x, weight)
+        ctx.rest = rest
+        ctx.set_materialize_grads(False)
+        return _slopes(gradient, x, weight, rest, which)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, along_x: Tensor | None, along_weight: Tensor | None, along_bias: Tensor | None) -> Any:
+        gradient, x, weight = ctx.saved_tensors
+        of_x, of_weight, of_gradient = None, None, []
+        if along_x is not None:
+            of_gradient.append(torch.convolution(along_x, weight, None, *ctx.rest))
+            _, of_weight, _ = _slopes(gradient, along_x, weight, ctx.rest, [False, True, False])
+        if along_weight is not None:
+            of_gradient.append(torch.convolution(x, along_weight, None, *ctx.rest))
+            of_x, _, _ = _slopes(gradient, x, along_weight, ctx.rest, [True, False, False])
+        if along_bias is not None:
+            of_gradient.append(along_bias.view(1, -1, 1, 1).expand_as(gradient))
+        return sum(of_gradient[1:], of_gradient[0]) if of_gradient else None, of_x, of_weight, None, None
+
+
+def _slopes(gradient: Tensor, x: Tensor, weight: Tensor, rest: tuple[Any, ...], which: list[bool]) -> Any:
+    """A convolution's gradients by x, weight and bias: those of them that are wanted, None for the others."""
+    return torch.ops.aten.convolution_backward(gradient, x, weight, [gradient.shape[1]], *rest, which)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    padding: int = 0,
+    stride: int = 1,
+    groups: int = 1,
+    transposed: bool = False,
+) -> Tensor:
+    """F.conv2d, or F.conv_transpose2d, whose second derivative is as fast as the first."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    rest = ((stride, stride), (padding, padding), (1, 1), transposed, (0, 0), groups)
+    y: Tensor = _Convolution.apply(x, weight, bias, rest)
+    return y
+
+
+class Conv2d(nn.Conv2d):
+    """torch's, of that second derivative, for square kernels, zeros as padding and no dilation. x: (N, in, H, W) ->
+    (N, out, H', W')."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolve(x, self.weight, self.bias, int(self.padding[0]), self.stride[0], self.groups)
 
 
 @cache

@@ -16,6 +16,7 @@ from hrgan.config import NetworkConfig
 from hrgan.networks.layers import (
     LRELU_SLOPE,
     ClassEmbedding,
+    Conv2d,
     at_least_float32,
     downsample,
     filtered_downsample,
@@ -40,9 +41,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         inner = 2 * channels
         groups = inner // max(size for size in range(1, min(group_size, inner) + 1) if inner % size == 0)
-        self.expand = nn.Conv2d(channels, inner, 1)
-        self.mix = nn.Conv2d(inner, inner, 3, padding=1, groups=groups)
-        self.project = nn.Conv2d(inner, channels, 1, bias=False)
+        self.expand = Conv2d(channels, inner, 1)
+        self.mix = Conv2d(inner, inner, 3, padding=1, groups=groups)
+        self.project = Conv2d(inner, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = x + self.project(lrelu(self.mix(lrelu(self.expand(x)))))
@@ -87,7 +88,7 @@ class Down(Stage):
 
 def pointwise(before: int, after: int) -> nn.Module:
     """A 1x1 convolution without bias; nothing where the width stays."""
-    return nn.Identity() if before == after else nn.Conv2d(before, after, 1, bias=False)
+    return nn.Identity() if before == after else Conv2d(before, after, 1, bias=False)
 
 
 def initial(config: NetworkConfig, name: str, parameter: nn.Parameter) -> tuple[float, float]:
@@ -125,7 +126,7 @@ class Generator(nn.Module):
         )
         self.to_rgb = nn.ModuleDict(
             {
-                str(size): nn.Conv2d(width(config, size), config.channels, 1, bias=False)
+                str(size): Conv2d(width(config, size), config.channels, 1, bias=False)
                 for size in rgb_sizes(resolution, fading)
             }
         )
@@ -169,7 +170,7 @@ class Discriminator(nn.Module):
         self.layout = layout(config)
         self.from_rgb = nn.ModuleDict(
             {
-                str(size): nn.Conv2d(config.channels, width(config, size), 1, bias=False)
+                str(size): Conv2d(config.channels, width(config, size), 1, bias=False)
                 for size in rgb_sizes(resolution, fading)
             }
         )

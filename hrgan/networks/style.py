@@ -19,6 +19,7 @@ from hrgan.networks.layers import (
     HE_GAIN,
     ClassEmbedding,
     ScaledLinear,
+    convolve,
     downsample,
     filtered,
     filtered_downsample,
@@ -103,10 +104,11 @@ class StyleLayer(ModulatedConv):
         x = x * s.to(x.dtype)
         if self.up:
             # Convolved before it is filtered: 4 times fewer multiplications than in the definition's order.
-            x = F.conv_transpose2d(x, self.weight.flip(2, 3).transpose(0, 1), stride=2)  # (N, out, 2H + 1, 2W + 1)
+            weight = self.weight.flip(2, 3).transpose(0, 1)
+            x = convolve(x, weight, stride=2, transposed=True)  # (N, out, 2H + 1, 2W + 1)
             x, gain = filtered(x, 1), 4 * HE_GAIN
         else:
-            x, gain = F.conv2d(x, self.weight, padding=1), HE_GAIN
+            x, gain = convolve(x, self.weight, padding=1), HE_GAIN
         d = self.demodulation(s) * gain
         x = torch.addcmul((self.bias * HE_GAIN).to(x.dtype).view(1, -1, 1, 1), x, d.to(x.dtype))
         if noise is not None and self.strength is not None:
@@ -121,7 +123,7 @@ class ToRGB(ModulatedConv):
         super().__init__(in_channels, channels, 1, latent)
 
     def forward(self, x: Tensor, w: Tensor) -> Tensor:
-        return F.conv2d(x * self.modulation(w).to(x.dtype), self.weight, self.bias).to(w.dtype)
+        return convolve(x * self.modulation(w).to(x.dtype), self.weight, self.bias).to(w.dtype)
 
 
 class Conv(nn.Module):
@@ -139,8 +141,8 @@ class Conv(nn.Module):
         weight, bias = self.weight * (self.scale * self.gain), self.bias * self.gain
         padding = self.weight.shape[-1] // 2
         if self.down:
-            return F.conv2d(filtered(x, padding + 1), weight, bias, stride=2)
-        return F.conv2d(x, weight, bias, padding=padding)
+            return convolve(filtered(x, padding + 1), weight, bias, stride=2)
+        return convolve(x, weight, bias, padding)
 
 
 class ResidualBlock(nn.Module):
@@ -154,7 +156,7 @@ class ResidualBlock(nn.Module):
         self.skip_scale = 1 / math.sqrt(2 * in_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        past = F.conv2d(filtered_downsample(x), self.skip * self.skip_scale)
+        past = convolve(filtered_downsample(x), self.skip * self.skip_scale)
         return lrelu(self.second(lrelu(self.first(x)))) + past
 
 
