@@ -108,12 +108,12 @@ ADAPT_EVERY = 4
 def d_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Tensor:
     """One update of D. Returns meter.D_VALUES: (8,) float32."""
     net, sums = engine.discriminator, torch.zeros(6, device=engine.device)
-    slopes = slopes_of(engine, config, now)
+    with_slopes = takes_slopes(engine, config, now)
     for micro in micros:
         with torch.no_grad():
             fake = twisted(engine, config, engine.generator.module(micro.z_d, micro.labels, now.alpha), micro, 1)
             real = twisted(engine, config, micro.real, micro, 0)
-        real, fake = (x.detach().requires_grad_(gamma > 0) for x, gamma in zip((real, fake), slopes, strict=True))
+        real, fake = (x.detach().requires_grad_(taken) for x, taken in zip((real, fake), with_slopes, strict=True))
         with engine.micro_step(net, last=micro is micros[-1]):
             real_out, fake_out = judged(config, net, real, fake, micro.labels, now.alpha)
             real_logits, fake_logits = real_out[:, :1], fake_out[:, :1]
@@ -199,11 +199,11 @@ Pair = tuple[Tensor, Tensor]
 """Of reals and of fakes."""
 
 
-def slopes_of(engine: Engine, config: Config, now: Now) -> tuple[float, float]:
-    """Weights of the penalties whose slopes, at reals and at fakes, are those of the logits of the adversarial term."""
+def takes_slopes(engine: Engine, config: Config, now: Now) -> tuple[bool, bool]:
+    """Whether this step's penalty takes the slopes, at reals and at fakes, of the adversarial term's own logits."""
     if not now.penalty or config.loss.kind == "wgan-gp" or engine.zero_stage == 3:
-        return 0.0, 0.0
-    return now.rates.r1_gamma, now.rates.r2_gamma
+        return False, False
+    return now.rates.r1_gamma > 0, now.rates.r2_gamma > 0
 
 
 def penalise(engine: Engine, config: Config, micro: Micro, images: Pair, logits: Pair, now: Now) -> Tensor:
