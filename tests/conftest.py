@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import multiprocessing
 import os
 import shutil
@@ -67,11 +68,13 @@ def _child(target: Callable[..., Any], arguments: tuple[Any, ...], environment: 
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()
     try:
         code = target(*arguments)
     except BaseException:
         traceback.print_exc()
         code = 1
+    gc.unfreeze()
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(code or 0)
@@ -209,3 +212,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that none of several processes is left with one at the end."""
     place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of each later gc.collect(), which otherwise takes most of a small training's time:
+    accelerate calls it at each phase."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
