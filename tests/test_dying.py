@@ -299,15 +299,16 @@ def test_a_killed_worker_ends_all_and_is_named(tmp_path: Path, tiny: Path, launc
 
 @pytest.mark.slow
 def test_a_launcher_with_restarts_finishes_by_itself_bit_for_bit(
-    tmp_path: Path, tiny: Path, launched: Callable[..., Launched], whole: Callable[[int], Path]
+    tmp_path: Path, tiny: Path, launched: Callable[..., Launched], children: Children
 ) -> None:
     words = ("--data.workers", "0", "--schedule.total_kimg", "1.6")
     launch = launched(tmp_path / "log", tiny, tmp_path / "run", *words, launcher=("--max_restarts", "2"))
     launch.until_saved()[1].kill()
     assert launch.process.wait(200) == 0, launch.log.read_text()
     assert "going on at" in launch.log.read_text()
-    plain = launched(tmp_path / "plain", tiny, tmp_path / "uninterrupted", *words)
-    assert plain.process.wait(200) == 0
+    uninterrupted = (str(tiny), str(tmp_path / "uninterrupted"), *words, *RARE)
+    code, output = children.run(tmp_path / "plain", train, *uninterrupted, world=2)
+    assert code == 0, output
     found, wanted = final_tensors(tmp_path / "run"), final_tensors(tmp_path / "uninterrupted")
     assert not [name for name in wanted if not torch.equal(found[name], wanted[name])]
 
