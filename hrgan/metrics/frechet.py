@@ -1,5 +1,6 @@
 """The Frechet distance (Heusel et al. 2017, arXiv 1706.08500) from moments of features: its error, its limit for
-endless samples, and by class. The number itself is torch-fidelity's own formula."""
+endless samples, and by class. The numbers are torch-fidelity's, from eigenvalues of symmetric matrices, which take a
+sixth of the time of those that its formula has."""
 
 from __future__ import annotations
 
@@ -12,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from hrgan.watch import beat
 
@@ -66,10 +66,6 @@ class Moments:
         mu = self.mean()
         return (self.outer - self.count * torch.outer(mu, mu)) / (self.count - 1)
 
-    def statistics(self) -> dict[str, np.ndarray]:
-        """mu (D,) and sigma (D, D) as torch-fidelity's formula takes them."""
-        return {"mu": self.mean().cpu().numpy(), "sigma": self.covariance().cpu().numpy()}
-
     def finite(self) -> bool:
         """Whether no feature was NaN or infinite."""
         return bool(self.outer.isfinite().all())
@@ -83,11 +79,6 @@ def summed(parts: Sequence[Moments]) -> Moments:
         total.total += part.total
         total.outer += part.outer
     return total
-
-
-def frechet(a: Moments, b: Moments) -> float:
-    """torch-fidelity's Frechet distance between two sets of features."""
-    return float(fid_statistics_to_metric(a.statistics(), b.statistics(), False)["frechet_inception_distance"])
 
 
 @dataclass
@@ -111,8 +102,7 @@ class Projected:
 class Reference:
     """One side of many distances: the root of its covariance is made once.
 
-    tr sqrt(A B) = tr sqrt(sqrt(B) A sqrt(B)), which is symmetric: its eigenvalues take a sixth of the time of
-    torch-fidelity's, and are the same numbers.
+    tr sqrt(A B) = tr sqrt(sqrt(B) A sqrt(B)), which is symmetric.
     """
 
     def __init__(self, moments: Moments) -> None:
@@ -135,6 +125,12 @@ class Reference:
         inner = (side.root_outer - side.count * torch.outer(root_mu, root_mu)) / (side.count - 1)
         overlap = torch.linalg.eigvalsh(inner).clamp(min=0).sqrt().sum()
         return float((mu - self.mu).square().sum() + trace + self.trace - 2 * overlap)
+
+
+def frechet(a: Moments, b: Moments) -> float:
+    """The Frechet distance between two sets of features."""
+    reference = Reference(b)
+    return reference.distance(reference.project(a))
 
 
 def frechet_error(groups: Sequence[Projected], reference: Reference, replicates: int, seed: int = 0) -> float | None:
@@ -188,8 +184,7 @@ def frechet_rows(a: Tensor, b: Tensor) -> float:
         sides = [Moments.zero(a.shape[1], a.device) for _ in range(2)]
         for side, rows in zip(sides, (a, b), strict=True):
             side.add(rows)
-        reference = Reference(sides[1])
-        return reference.distance(reference.project(sides[0]))
+        return frechet(*sides)
     a, b = a.double(), b.double()
     difference = a.mean(0) - b.mean(0)
     a, b = ((rows - rows.mean(0)) / (len(rows) - 1) ** 0.5 for rows in (a, b))
