@@ -116,11 +116,11 @@ class Pair:
 
 def fid(pair: Pair) -> dict[str, Number]:
     """The Frechet distance."""
-    value = pair.reals.reference.distance(reduce(add, pair.projected))
-    replicates = pair.settings.bootstrap
+    reference, replicates = pair.reals.reference, pair.settings.bootstrap
     if len(pair.fakes.groups) == 1 or replicates < 2:
-        return {"fd": Number(value)}
-    return {"fd": Number(value, frechet_error(pair.projected, pair.reals.reference, replicates))}
+        return {"fd": Number(reference.distance(reference.project(pair.fakes.all)))}
+    error = frechet_error(pair.projected, reference, replicates)
+    return {"fd": Number(reference.distance(reduce(add, pair.projected)), error)}
 
 
 def fid_infinity(pair: Pair) -> dict[str, Number]:
