@@ -35,14 +35,13 @@ def asked_for() -> bool:
 def plugins(config: Config) -> dict[str, DeepSpeedPlugin]:
     """A plugin for each network, from what the launch says. UserError for a launch that would train wrongly.
 
-    On a machine without CUDA, DeepSpeed is told so; its communication module is compiled once, under a lock, because
-    processes that compile it at the same time can break it.
+    On a machine without CUDA, DeepSpeed is told so.
     """
     if "LOCAL_RANK" not in os.environ:
         raise UserError("launch: ACCELERATE_USE_DEEPSPEED is set, but no launcher started this; use accelerate launch")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        _compile_once()
+        _without_compiling()
     result = {name: DeepSpeedPlugin() for name in ("generator", "discriminator")}
     for plugin in result.values():
         settings = plugin.deepspeed_config
@@ -103,18 +102,12 @@ def _refuse_wrong(config: Config, settings: dict[str, Any]) -> None:
         raise UserError(f"launch: offload_optimizer needs ZeRO stage 1 or 2, found {stage}")
 
 
-def _compile_once() -> None:
-    """Compile DeepSpeed's shared-memory module for CPUs, one process of the machine at a time."""
-    from deepspeed.accelerator import get_accelerator
-    from filelock import FileLock
-    from torch.utils.cpp_extension import get_default_build_root
+def _without_compiling() -> None:
+    """Keep DeepSpeed from compiling its shared-memory module for CPUs, which only inference calls: it takes minutes and
+    a C++ compiler."""
+    import deepspeed
 
-    root = get_default_build_root()
-    os.makedirs(root, exist_ok=True)
-    with FileLock(os.path.join(root, "hrgan-deepspeed.lock")):
-        builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-        if builder is not None and builder.is_compatible():
-            builder.load()
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def begin_micro_step(engine: Any, last: bool) -> None:
