@@ -523,9 +523,11 @@ def test_a_finished_run_goes_on_when_it_is_made_longer(
     config, run = reference
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
-    code, output = children.run(tmp_path / "log", train, str(config), str(copy), "--schedule.total_kimg", "0.19")
+    words = ("--schedule.total_kimg", "0.19", "--cuda_graphs", "true")
+    code, output = children.run(tmp_path / "log", train, str(config), str(copy), *words)
     assert code == 0, output
     assert (copy / "FINISHED").read_text() == "192\n"
+    assert "cuda_graphs: only on one GPU in one process; here each step is launched" in output
 
 
 @pytest.mark.parametrize(
