@@ -139,7 +139,7 @@ class LossConfig:
     r2_gamma: FloatByRes | None = 0.0
     """Weight of R2, the same on generated images; None: as R1."""
     r1_every: int = 16
-    """Steps between two R1 and R2 penalties; they are weighted by this number and D's Adam is corrected for it."""
+    """Steps between two R1 and R2 penalties; they are weighted by this number."""
     penalty: Literal["exact", "finite_difference"] = "exact"
     """How R1 and R2 are computed: exact (double backward), or from the difference of D a step along its gradient, which
     ZeRO-3 needs (losses.finite_difference_penalty has its bias)."""
@@ -148,7 +148,7 @@ class LossConfig:
     path_weight: float = 0.0
     """Weight of style's path-length regularisation (2 in Karras et al. 2020, arXiv 1912.04958); 0: none."""
     path_every: int = 4
-    """Steps between two path-length penalties; they are weighted by this number and G's Adam is corrected for it."""
+    """Steps between two path-length penalties; they are weighted by this number."""
     path_decay: float = 0.01
     """Share with which a step's lengths enter their running mean."""
     class_weight: float = 1.0

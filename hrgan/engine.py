@@ -230,13 +230,11 @@ class Engine:
                 self.feedback[name].copy_(value)
 
     def set_rates(self, now: Rates) -> None:
-        """Learning rates and beta2 for the next step. A lazily penalised network takes correspondingly less of both
-        (Karras et al. 2020, arXiv 1912.04958, appendix B)."""
-        beta1 = self.config.optim.beta1
-        g_ratio, d_ratio = corrections(self.config, now)
-        for net, lr, ratio in ((self.generator, now.lr_g, g_ratio), (self.discriminator, now.lr_d, d_ratio)):
+        """Learning rates and betas for the next step. A lazy penalty changes none: it joins a step that is taken
+        anyway, where StyleGAN2 takes one more for it and therefore less of each (arXiv 1912.04958, appendix B)."""
+        for net, lr in ((self.generator, now.lr_g), (self.discriminator, now.lr_d)):
             for group in net.adam.param_groups:
-                group["lr"], group["betas"] = lr * ratio, (beta1**ratio, now.beta2**ratio)
+                group["lr"], group["betas"] = lr, (self.config.optim.beta1, now.beta2)
 
     def _prepare(self, name: str, module: nn.Module, kept: Tensors) -> Net:
         """A network with its Adam, into which `kept` will be loaded."""
@@ -436,16 +434,6 @@ def _meet_after_restart(timeout: timedelta) -> None:
 def _known(error: Exception) -> UserError | None:
     """A refusal of the system as a UserError; None for any other error."""
     return refused_by_system(error) if isinstance(error, OSError) and error.errno in REFUSALS else None
-
-
-def corrections(config: Config, now: Rates) -> tuple[float, float]:
-    """Exponent and factor for G's and D's Adam under lazy regularisation: interval / (interval + 1) (Karras et al.
-    2020, arXiv 1912.04958, appendix B); 1 where nothing is penalised."""
-    loss = config.loss
-    g_every = loss.path_every if loss.path_weight else 1
-    d_every = loss.r1_every if now.r1_gamma + now.r2_gamma > 0 else 1
-    g_ratio, d_ratio = (every / (every + 1) if every > 1 else 1.0 for every in (g_every, d_every))
-    return g_ratio, d_ratio
 
 
 def _load(network: nn.Module, tensors: Tensors, role: str, grown_to: int | None) -> None:

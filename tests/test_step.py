@@ -21,12 +21,12 @@ from hrgan.config import (
     RampConfig,
     ScheduleConfig,
 )
-from hrgan.engine import Engine, Net, corrections
+from hrgan.engine import Engine, Net
 from hrgan.monitor.meter import Meter
 from hrgan.networks.layers import downsample, upsample
 from hrgan.noise import local_rows
 from hrgan.pictures import to_float
-from hrgan.schedule import make_schedule, rates
+from hrgan.schedule import make_schedule
 from hrgan.train import d_step, micro_size, moment, one_step, prepare_step
 
 SMALL = Config(
@@ -170,22 +170,37 @@ def _gradients(network: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
-def test_lazy_regularisation_corrects_d_s_adam() -> None:
-    config = replace(
-        SMALL, loss=LossConfig(kind="logistic", r1_every=16), optim=OptimConfig(lr=0.01, beta1=0.5, beta2=0.99)
-    )
-    now = rates(config, make_schedule(config).phases[1], 112)
-    assert corrections(config, now) == (1.0, 16 / 17)
-    assert corrections(config, replace(now, r1_gamma=0.0)) == (1.0, 1.0)  # As DCGAN's, which has no penalty.
-    engine = stepper(config)(112)
-    group = engine.discriminator.adam.param_groups[0]
-    assert group["lr"] == 0.01 * 16 / 17
-    assert group["betas"] == (0.5 ** (16 / 17), 0.99 ** (16 / 17))
-    assert engine.generator.adam.param_groups[0]["lr"] == 0.01
-    long = replace(config, schedule=replace(config.schedule, fade_kimg=1, total_kimg=3))
-    phase = make_schedule(long).phases[1]
-    penalties = [moment(long, phase, phase.nimg_from + 16 * n).penalty for n in (0, 1, 15, 16)]
-    assert penalties == [16, 0, 0, 16]
+def test_lazy_penalties_come_every_so_many_steps_and_weigh_as_many_times() -> None:
+    config = replace(STEPS["style"], schedule=replace(SMALL.schedule, fade_kimg=1, total_kimg=3))
+    phase = make_schedule(config).phases[1]
+    steps = [moment(config, phase, phase.nimg_from + 16 * n) for n in range(5)]
+    assert [(now.penalty, now.path) for now in steps] == [(2, 2), (0, 0), (2, 2), (0, 0), (2, 2)]
+
+
+def test_what_a_ramp_ends_at_is_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    optim = OptimConfig(lr=0.01, lr_d=0.02, beta1=0.5, beta2=0.99, ema_kimg=5.0)
+    plain = replace(SMALL, loss=LossConfig(kind="logistic", r1_gamma=2.0, r1_every=1), optim=optim)
+    ramped = replace(plain, ramp=RampConfig(kimg=0.1, lr=0.5, gamma=0.25, beta2=0.9, ema_kimg=2.0, augment=0.5))
+    images, half_lives = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8), []
+    monkeypatch.setattr(Engine, "update_ema", lambda engine, kimg: half_lives.append(kimg))
+
+    def taken(config: Config) -> tuple[list[Any], float]:
+        """Adam's numbers and the strength of augmentation in a step past the ramp's end, and its penalty."""
+        engine, phase = Engine(config), make_schedule(config).phases[1]
+        torch.manual_seed(0)
+        engine.enter(phase, None)
+        _, d_values, _ = one_step(engine, config, phase, 112, images)
+        groups = [net.adam.param_groups[0] for net in (engine.generator, engine.discriminator)]
+        adam = [group[key] for group in groups for key in ("lr", "betas")]
+        return [*adam, float(engine.feedback["augment_strength"])], float(d_values[3])
+
+    numbers, penalty = taken(plain)
+    assert numbers == [0.01, (0.5, 0.99), 0.02, (0.5, 0.99), 0.0]
+    numbers, ramped_penalty = taken(ramped)
+    assert numbers == [0.005, (0.5, 0.9), 0.01, (0.5, 0.9), 0.5]
+    assert ramped_penalty == pytest.approx(penalty / 4)
+    assert penalty > 0
+    assert half_lives == [5.0, 2.0]
 
 
 def test_path_lengths_are_of_the_same_pictures_however_a_batch_is_divided() -> None:
