@@ -84,10 +84,10 @@ def _batch_problems(config: Config) -> list[str]:
 
 def _loss_problems(config: Config) -> list[str]:
     loss, network, found = config.loss, config.network, []
-    if loss.penalty == "finite_difference" and loss.kind == "wgan-gp":
+    if loss.r1_gamma is None and loss.kind == "relativistic":
         found.append(
-            "loss.penalty: finite_difference estimates the squared gradient norm, from which WGAN-GP's distance to "
-            "loss.gp_target does not follow; nearest: exact, or loss.kind wasserstein"
+            "loss.r1_gamma: null is StyleGAN2-ADA's rule for the logistic loss, a hundredth of what the relativistic "
+            "loss needs; nearest: a number for each resolution, such as {4: 0.5, 32: 1, 256: 150}"
         )
     if loss.path_weight > 0 and network.family != "style":
         found.append(
@@ -165,6 +165,7 @@ _LEAST: dict[str, float] = {
     "loss.drift": 0,
     "loss.r1_gamma": 0,
     "loss.r1_every": 1,
+    "loss.gp_every": 1,
     "loss.r2_gamma": 0,
     "loss.path_weight": 0,
     "loss.path_every": 1,

@@ -128,9 +128,11 @@ class LossConfig:
     (with drift), logistic (non-saturating, Goodfellow et al. 2014), least-squares (Mao et al. 2017), hinge (Miyato et
     al. 2018), relativistic (logistic of D(real) - D(fake), pair by pair, Huang et al. 2024)."""
     gp_lambda: float = 10.0
-    """Weight of the WGAN-GP penalty, which is taken in each step."""
+    """Weight of the WGAN-GP penalty, (gradient norm - gp_target)^2 / gp_target^2 between reals and fakes."""
     gp_target: float = 1.0
     """Gradient norm that the WGAN-GP penalty asks for."""
+    gp_every: int = 1
+    """Steps between two WGAN-GP penalties; they are weighted by this number."""
     drift: float = 0.001
     """Weight of D(real)^2 under wgan-gp and wasserstein."""
     r1_gamma: FloatByRes | None = 10.0
@@ -141,8 +143,8 @@ class LossConfig:
     r1_every: int = 16
     """Steps between two R1 and R2 penalties; they are weighted by this number."""
     penalty: Literal["exact", "finite_difference"] = "exact"
-    """How R1 and R2 are computed: exact (double backward), or from the difference of D a step along its gradient, which
-    ZeRO-3 needs (losses.finite_difference_penalty has its bias)."""
+    """How gradient norms are computed: exact (double backward), or from the difference of D a step along its gradient,
+    which ZeRO-3 needs (losses.finite_difference_norms has its bias)."""
     fd_sigma: float = 0.01
     """Root mean square of finite_difference's step, in units of pixels from -1 to 1."""
     path_weight: float = 0.0

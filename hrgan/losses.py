@@ -114,16 +114,15 @@ def _gradient(logits: Tensor, x: Tensor, scale: Tensor | None, differentiable: b
     return gradient
 
 
-def gradient_penalty(
-    critic: Critic, real: Tensor, fake: Tensor, mix: Tensor, weight: float, target: float, scale: Tensor | None = None
-) -> Tensor:
-    """WGAN-GP (Gulrajani et al. 2017): weight / target^2 * E[(|grad D(x)| - target)^2] at x = real + mix (fake - real).
+def gradient_penalty(norms: Tensor, weight: float, target: float) -> Tensor:
+    """WGAN-GP (Gulrajani et al. 2017): weight / target^2 * E[(|grad D(x)| - target)^2]. norms: |grad D(x)| at points x
+    between reals and fakes, over C, H, W: exact_norms' or finite_difference_norms'."""
+    return weight / target**2 * (norms - target).square().mean()
 
-    real, fake: (N, C, H, W); mix: (N, 1, 1, 1) from U(0, 1). The norm is over C, H, W. scale: see input_gradient.
-    """
-    x = torch.lerp(real, fake, mix).detach().requires_grad_()
-    norm = input_gradient(critic(x), x, scale).square().sum((1, 2, 3)).sqrt()
-    return weight / target**2 * (norm - target).square().mean()
+
+def exact_norms(logits: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(N,) norms of input_gradient, differentiable by the critic's parameters by a double backward."""
+    return input_gradient(logits, x, scale).square().sum((1, 2, 3)).sqrt()
 
 
 def r1_penalty(logits: Tensor, x: Tensor, gamma: float, scale: Tensor | None = None) -> Tensor:
@@ -134,20 +133,25 @@ def r1_penalty(logits: Tensor, x: Tensor, gamma: float, scale: Tensor | None = N
     return gamma / 2 * input_gradient(logits, x, scale).square().sum((1, 2, 3)).mean()
 
 
-def finite_difference_penalty(
-    critic: Critic, x: Tensor, clean: Tensor, sigma: float, gamma: float, scale: Tensor | None = None
+def finite_difference_penalty(norms: Tensor, gamma: float) -> Tensor:
+    """R1 without a double backward, of finite_difference_norms: gamma / 2 * E[norms^2]."""
+    return gamma / 2 * norms.square().mean()
+
+
+def finite_difference_norms(
+    critic: Critic, x: Tensor, clean: Tensor, sigma: float, scale: Tensor | None = None
 ) -> Tensor:
-    """R1 without a double backward: gamma / 2 * E[((D(x + h u) - D(x)) / h)^2], where u is the unit vector of each
-    image's own gradient, held constant, and h = sigma sqrt(C H W), so that sigma is the root mean square of the step.
+    """(N,) |grad D(x)| without a double backward: (D(x + h u) - D(x)) / h, where u is the unit vector of each image's
+    own gradient, held constant, and h = sigma sqrt(C H W), so that sigma is the root mean square of the step.
 
     x: (N, C, H, W); clean: (N, 1) D(x), differentiable by the critic's parameters. scale: see input_gradient. Where x
     requires no gradient (ZeRO-3 lets nothing pass backwards twice), D(x) is computed once more for it.
 
     The quotient is |grad D| + h/2 u'Hu + O(h^2), and what is held constant does not change its gradient by the
-    parameters, because |grad D| is the largest of the slopes: R1 with a bias of first order in h. (Leaky ReLU networks
-    are linear but at their kinks, of which a step crosses some.) A quotient along random noise has R1's expectation,
-    too, but its gradient by the parameters is noise: of a trained D at 64² 300 times as long as R1's (docs/results),
-    which no mean over a batch and no Adam takes out again.
+    parameters, because |grad D| is the largest of the slopes: a bias of first order in h. (Leaky ReLU networks are
+    linear but at their kinks, of which a step crosses some.) A quotient along random noise has, squared, R1's
+    expectation, too, but its gradient by the parameters is noise: of a trained D at 64² 300 times as long as R1's
+    (docs/results), which no mean over a batch and no Adam takes out again.
     """
     if x.requires_grad:
         gradient = _gradient(clean, x, scale, differentiable=False)
@@ -157,7 +161,7 @@ def finite_difference_penalty(
     length = gradient.square().sum((1, 2, 3), keepdim=True).sqrt()
     step = sigma * math.sqrt(x[0].numel())
     ahead = critic(x.detach() + step * gradient / length.clamp_min(torch.finfo(length.dtype).tiny))
-    return gamma / 2 * ((ahead - clean) / step).square().mean()
+    return ((ahead - clean) / step).squeeze(1)
 
 
 def path_lengths(images: Tensor, ws: Tensor, noise: Tensor, scale: Tensor | None = None) -> Tensor:

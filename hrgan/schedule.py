@@ -252,16 +252,21 @@ def table(schedule: Schedule, config: Config) -> str:
         f"{sum(p.resets_adam for p in schedule.phases)} times"
     )
     if any(row["r1_gamma"] for row in rows(schedule, config)):
-        ruled = config.loss.r1_gamma is None
-        last = ruled_gamma(config, schedule.phases[-1].resolution)
-        lines.append(
-            f"R1 {'is' if ruled else 'is given; it would be'} by the rule {GAMMA_RULE:g} x pixels / batch "
-            f"({last:.3g} in the last phase): a gradient's square is a sum over pixels, and a larger batch needs "
-            "less of it; then try 4 times as much, for few images, or a quarter"
-        )
+        lines.append(gamma_text(config, schedule.phases[-1].resolution))
     if config.ramp.kimg:
         lines.append(f"ramp: {ramp_text(config)}")
     return "\n".join(lines)
+
+
+def gamma_text(config: Config, resolution: int) -> str:
+    """Whether R1's weight follows the rule, and the rule's reason, for people. resolution: of the last phase."""
+    if config.loss.kind == "relativistic":
+        return "R1 is given: no rule is known for the relativistic loss; R3GAN took 0.05 at 32², 2 at 64², 150 at 256²"
+    return (
+        f"R1 {'is' if config.loss.r1_gamma is None else 'is given; it would be'} by the rule {GAMMA_RULE:g} x pixels / "
+        f"batch ({ruled_gamma(config, resolution):.3g} in the last phase): a gradient's square is a sum over pixels, "
+        "and a larger batch needs less of it; then try 4 times as much, for few images, or a quarter"
+    )
 
 
 def ramp_text(config: Config) -> str:

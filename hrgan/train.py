@@ -93,7 +93,7 @@ def moment(config: Config, phase: Phase, nimg: int) -> Now:
     """Of the step that begins at `nimg`. Lazy penalties come in every so many steps, and count as many times."""
     values, step, loss = rates(config, phase, nimg), phase.step(nimg), config.loss
     if loss.kind == "wgan-gp":
-        penalty = float(loss.gp_lambda > 0)
+        penalty = float(loss.gp_every) if step % loss.gp_every == 0 and loss.gp_lambda > 0 else 0.0
     else:
         penalty = float(loss.r1_every) if step % loss.r1_every == 0 and values.r1_gamma + values.r2_gamma > 0 else 0.0
     path = float(loss.path_every) if step % loss.path_every == 0 and loss.path_weight > 0 else 0.0
@@ -215,14 +215,20 @@ def penalise(engine: Engine, config: Config, micro: Micro, images: Pair, logits:
         of_x: Tensor = module(x, micro.labels, now.alpha)[:, :1]
         return of_x
 
+    def quotient(x: Tensor, of_x: Tensor) -> Tensor:
+        return losses.finite_difference_norms(critic, x, of_x, loss.fd_sigma, scale)
+
+    exact = loss.penalty == "exact"
     if loss.kind == "wgan-gp":
-        return losses.gradient_penalty(critic, *images, micro.mix, loss.gp_lambda, loss.gp_target, scale)
+        x = torch.lerp(*images, micro.mix).detach().requires_grad_(engine.zero_stage != 3)
+        norms = losses.exact_norms(critic(x), x, scale) if exact else quotient(x, critic(x))
+        return losses.gradient_penalty(norms, loss.gp_lambda, loss.gp_target)
     total = images[0].new_zeros(())
     for x, of_x, gamma in zip(images, logits, (now.rates.r1_gamma, now.rates.r2_gamma), strict=True):
-        if gamma and loss.penalty == "exact":
+        if gamma and exact:
             total = total + losses.r1_penalty(of_x, x, gamma, scale)
         elif gamma:
-            total = total + losses.finite_difference_penalty(critic, x, of_x, loss.fd_sigma, gamma, scale)
+            total = total + losses.finite_difference_penalty(quotient(x, of_x), gamma)
     return total
 
 

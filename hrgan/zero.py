@@ -65,12 +65,11 @@ def plugins(config: Config) -> dict[str, DeepSpeedPlugin]:
 
 def _refuse_wrong(config: Config, settings: dict[str, Any]) -> None:
     stage = settings["zero_optimization"]["stage"]
-    if stage == 3 and (config.loss.kind == "wgan-gp" or config.loss.penalty == "exact"):
-        what = "WGAN-GP" if config.loss.kind == "wgan-gp" else "exact R1"
+    if stage == 3 and config.loss.penalty == "exact":
         raise UserError(
-            f"launch: ZeRO-3 cannot train with {what}: the penalty's second backward pass needs weights that ZeRO-3 "
-            "has already freed; set --loss.kind logistic --loss.penalty finite_difference, or launch with ZeRO-2, "
-            "which divides all but the weights"
+            "launch: ZeRO-3 cannot train with loss.penalty exact, whose second backward pass needs weights that it has "
+            "already freed; set --loss.penalty finite_difference, or launch with ZeRO-2, which divides all but the "
+            "weights"
         )
     if stage == 3 and config.loss.path_weight > 0:
         raise UserError(

@@ -186,7 +186,9 @@ def test_the_table_shows_gamma_its_rule_with_the_reason_and_the_ramp() -> None:
     text = table(make_schedule(ruled), ruled)
     assert "R1 is by the rule 0.0002 x pixels / batch (5e-05 in the last phase): a gradient's square is a sum" in text
     text = table(make_schedule(RAMPED), RAMPED)
-    assert "R1 is given; it would be by the rule" in text
+    assert "R1 is given: no rule is known for the relativistic loss" in text
+    given = replace(ruled, loss=LossConfig(kind="logistic", r1_gamma=10.0))
+    assert "R1 is given; it would be by the rule" in table(make_schedule(given), given)
     assert "ramp: lr x 0.25, gamma x 0.1, beta2 0.9 to 0.99, ema_kimg 0 to 500" in text
     assert "4 - 0.4" not in text.splitlines()[1]
     assert "R1" not in table(make_schedule(Config()), Config())

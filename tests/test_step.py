@@ -27,7 +27,7 @@ from hrgan.networks.layers import downsample, upsample
 from hrgan.noise import local_rows
 from hrgan.pictures import to_float
 from hrgan.schedule import make_schedule
-from hrgan.train import d_step, micro_size, moment, one_step, prepare_step
+from hrgan.train import d_step, micro_size, moment, one_step, penalise, prepare_step
 
 SMALL = Config(
     network=NetworkConfig(resolution=8, latent=8, widths=[8, 8]),
@@ -165,6 +165,22 @@ def test_a_penalty_s_gradient_is_its_definition_s(
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7)
 
 
+@pytest.mark.parametrize("penalty", ["exact", "finite_difference"])
+def test_wgan_gp_looks_between_real_and_fake(penalty: Any) -> None:
+    def quadratic(x: torch.Tensor, labels: None, alpha: float) -> torch.Tensor:  # grad D(x) = x
+        return x.square().flatten(1).sum(1, keepdim=True) / 2
+
+    engine, config = Engine(SMALL), replace(SMALL, loss=LossConfig(penalty=penalty, fd_sigma=1e-4))
+    engine.enter(make_schedule(config).phases[1], None)
+    engine.discriminator.module = quadratic  # type: ignore[assignment]
+    images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+    micro = prepare_step(engine, config, engine.phase, 112, images)[0]
+    fake, nothing = torch.randn_like(micro.real), torch.zeros(8, 1)
+    found = penalise(engine, config, micro, (micro.real, fake), (nothing, nothing), moment(config, engine.phase, 112))
+    norms = (micro.real + micro.mix * (fake - micro.real)).flatten(1).norm(dim=1)
+    torch.testing.assert_close(found, 10 * (norms - 1).square().mean(), rtol=2e-3, atol=0)
+
+
 def _gradients(network: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     names, parameters = zip(*network.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
@@ -175,6 +191,8 @@ def test_lazy_penalties_come_every_so_many_steps_and_weigh_as_many_times() -> No
     phase = make_schedule(config).phases[1]
     steps = [moment(config, phase, phase.nimg_from + 16 * n) for n in range(5)]
     assert [(now.penalty, now.path) for now in steps] == [(2, 2), (0, 0), (2, 2), (0, 0), (2, 2)]
+    config = replace(config, loss=LossConfig(kind="wgan-gp", gp_every=3))
+    assert [moment(config, phase, phase.nimg_from + 16 * n).penalty for n in range(5)] == [3, 0, 0, 3, 0]
 
 
 def test_what_a_ramp_ends_at_is_what_a_step_takes(monkeypatch: pytest.MonkeyPatch) -> None:

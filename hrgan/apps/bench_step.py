@@ -122,8 +122,8 @@ def bench_peer(data: DataConfig, seconds: float, sizes: Collection[int], precisi
 def lazily(config: Config) -> tuple[int, int]:
     """Steps of D and of G for one penalty; 1 without any."""
     loss = config.loss
-    d_every = loss.r1_every if loss.kind != "wgan-gp" and (loss.r1_gamma, loss.r2_gamma) != (0.0, 0.0) else 1
-    return d_every, loss.path_every if loss.path_weight else 1
+    d_every = loss.r1_every if (loss.r1_gamma, loss.r2_gamma) != (0.0, 0.0) else 1
+    return loss.gp_every if loss.kind == "wgan-gp" else d_every, loss.path_every if loss.path_weight else 1
 
 
 def endless_reals(engine: Engine, config: Config, phase: Phase) -> tuple[Iterator[tuple[Tensor, Tensor]], str]:
