@@ -24,6 +24,8 @@ class Fit:
     """What became of one network's tensors."""
 
     taken: list[str] = field(default_factory=list)
+    in_part: list[str] = field(default_factory=list)
+    """Those of which the rows of classes that both have were taken; the other rows begin anew."""
     initial: list[str] = field(default_factory=list)
     """Those that the checkpoint lacks, or has in another shape."""
     unused: list[str] = field(default_factory=list)
@@ -46,11 +48,12 @@ def adopted(config: Config, phase: Phase, source: Path, say: Callable[[str], Non
             f"{old.family} or name a checkpoint of {new.family}"
         )
     rows = class_rows(old.classes or [] if old.num_classes else [], new.classes or [] if new.num_classes else [])
+    heads = {old.condition, new.condition} <= {"none", "acgan"}  # Under projection r3's last layer makes features.
     parts: dict[str, dict[str, Tensor]] = {"adam_generator": {}, "adam_discriminator": {}, "feedback": {}}
     for part in NETWORKS:
         make = make_discriminator if part == "discriminator" else make_generator
         own = make(config, phase.resolution, phase.fading, None).state_dict()
-        parts[part], fit = fitted(own, saved.state.parts[part], rows, new.condition == old.condition == "acgan")
+        parts[part], fit = fitted(own, saved.state.parts[part], rows, heads)
         if not any(parts[part][name].dim() > 1 for name in fit.taken):  # A few biases fit anywhere.
             raise UserError(
                 f"init_from: nothing of {folder} fits the {part}; its network was {old}, this run's is {new}"
@@ -74,21 +77,21 @@ def class_rows(old: list[str], new: list[str]) -> list[tuple[int, int]]:
 
 
 def fitted(
-    own: dict[str, Tensor], theirs: dict[str, Tensor], rows: list[tuple[int, int]], classifies: bool
+    own: dict[str, Tensor], theirs: dict[str, Tensor], rows: list[tuple[int, int]], heads: bool
 ) -> tuple[dict[str, Tensor], Fit]:
-    """Tensors of `own`'s names and shapes, filled from `theirs` where they fit. classifies: whether D's logits are
-    followed by scores of the classes."""
+    """Tensors of `own`'s names and shapes, filled from `theirs` where they fit. rows: class_rows'; heads: see
+    row_pairs."""
     made, fit = {}, Fit()
     for name, tensor in own.items():
-        other = theirs.get(name)
+        other, pairs = theirs.get(name), row_pairs(name, rows, heads)
         made[name] = tensor.detach().clone()
-        shift = first_row(name, classifies)
-        if other is not None and shift is not None and rows and other.shape[1:] == tensor.shape[1:]:
-            # Each row is a class's, after those before `shift`.
-            for old, new in [*((row, row) for row in range(shift)), *((a + shift, b + shift) for a, b in rows)]:
+        if other is None or other.shape[1:] != tensor.shape[1:] or pairs == []:
+            fit.initial.append(name)
+        elif pairs is not None:
+            for old, new in pairs:
                 made[name][new] = other[old]
-            fit.taken.append(name)
-        elif other is not None and other.shape == tensor.shape and shift is None:
+            (fit.taken if len(pairs) == len(tensor) else fit.in_part).append(name)
+        elif other.shape == tensor.shape:
             made[name].copy_(other)
             fit.taken.append(name)
         else:
@@ -97,19 +100,24 @@ def fitted(
     return made, fit
 
 
-def first_row(name: str, classifies: bool) -> int | None:
-    """Of a tensor whose rows are classes': its first such row. None for others."""
+def row_pairs(name: str, rows: list[tuple[int, int]], heads: bool) -> list[tuple[int, int]] | None:
+    """(place in the old tensor, place in the new one) of each row that is taken; None for tensors whose rows are not
+    classes'. heads: whether D's last layer says real or fake in its first row, and scores of classes in any others."""
     head = name.split(".")[0]
     if head == "embedding":
-        return 0
-    return 1 if classifies and head == "logit" else None
+        return rows
+    return [(0, 0), *((old + 1, new + 1) for old, new in rows)] if heads and head == "logit" else None
 
 
 def described(part: str, fit: Fit) -> str:
     """One line for a person."""
-    whole = len(fit.taken) + len(fit.initial)
+    whole = len(fit.taken) + len(fit.in_part) + len(fit.initial)
     line = f"init_from: {part}: {len(fit.taken)} of {whole} tensors taken"
-    for names, what in ((fit.initial, "begin anew"), (fit.unused, "of the checkpoint not used")):
+    for names, what in (
+        (fit.in_part, "but for classes that the checkpoint lacks"),
+        (fit.initial, "begin anew"),
+        (fit.unused, "of the checkpoint not used"),
+    ):
         if names:
             line += f"; {what}: {', '.join(names[:6])}" + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     return line

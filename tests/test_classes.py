@@ -173,7 +173,11 @@ def test_classes_keep_their_rows_by_name(tmp_path: Path) -> None:
         network=network(8, condition="projection", classes=["owl", "bee", "cat", "fox"]),
         schedule=ScheduleConfig(start_resolution=8),
     )
-    state = adopted(config, make_schedule(config).phases[0], source, lambda line: None)
+    lines: list[str] = []
+    state = adopted(config, make_schedule(config).phases[0], source, lines.append)
+    assert lines[0] == (
+        "init_from: generator: 40 of 41 tensors taken; but for classes that the checkpoint lacks: embedding.weight"
+    )
     old = checkpoint.load(checkpoint.find(source)).state.parts
     for part in ("generator", "discriminator"):
         found, before = state.parts[part]["embedding.weight"], old[part]["embedding.weight"]
@@ -186,8 +190,43 @@ def test_classes_keep_their_rows_by_name(tmp_path: Path) -> None:
 def test_rows_of_a_classifier_go_by_name_after_the_logit() -> None:
     own = {"logit.weight": torch.zeros(3, 4)}
     theirs = {"logit.weight": torch.arange(12.0).view(3, 4)}  # logit, cat, dog
-    made_of, _ = fitted(own, theirs, class_rows(["cat", "dog"], ["dog", "bee"]), classifies=True)
+    made_of, fit = fitted(own, theirs, class_rows(["cat", "dog"], ["dog", "bee"]), heads=True)
     assert made_of["logit.weight"].tolist() == [[0, 1, 2, 3], [8, 9, 10, 11], [0, 0, 0, 0]]
+    assert (fit.taken, fit.in_part) == ([], ["logit.weight"])
+    made_of, fit = fitted(own, theirs, class_rows(["cat", "dog"], ["dog", "cat"]), heads=True)
+    assert made_of["logit.weight"].tolist() == [[0, 1, 2, 3], [8, 9, 10, 11], [4, 5, 6, 7]]
+    assert (fit.taken, fit.in_part) == (["logit.weight"], [])
+
+
+@pytest.mark.parametrize("family", ["progan", "style", "r3", "dcgan"])
+@pytest.mark.parametrize(
+    ("before", "after"), [("none", "acgan"), ("acgan", "none"), ("projection", "none"), ("projection", "projection")]
+)
+def test_every_family_s_networks_are_taken_with_other_classes_of_a_larger_resolution(
+    family: str, before: str, after: str, tmp_path: Path
+) -> None:
+    """All of the smaller resolution but what belongs to classes; of a classifier's rows the first, which is none's."""
+
+    def conditioned(condition: str, resolution: int, classes: list[str]) -> NetworkConfig:
+        names = None if condition == "none" else classes
+        return network(resolution, family=family, condition=condition, classes=names, group_size=4)
+
+    source = saved(tmp_path / "old", conditioned(before, 32, ["cat", "dog"]), 32)
+    config = Config(network=conditioned(after, 16, ["dog", "bee"]), schedule=ScheduleConfig(start_resolution=16))
+    lines: list[str] = []
+    state = adopted(config, make_schedule(config).phases[0], source, lines.append)
+    old = checkpoint.load(checkpoint.find(source)).state.parts
+    for part in NETWORKS:
+        for name, tensor in state.parts[part].items():
+            if name in old[part] and tensor.shape == old[part][name].shape and "embedding" not in name:
+                assert torch.equal(tensor, old[part][name]), name
+    head, was = state.parts["discriminator"]["logit.weight"], old["discriminator"]["logit.weight"]
+    if "projection" not in (before, after) or before == after:
+        assert torch.equal(head[0], was[0])
+    if before == after:
+        found, embedding = state.parts["discriminator"], old["discriminator"]["embedding.weight"]
+        assert torch.equal(found["embedding.weight"][0], embedding[1])
+    assert "(32², 1 kimg) into 16²" in lines[2]
 
 
 def test_another_family_or_nothing_that_fits_is_refused(tmp_path: Path) -> None:
