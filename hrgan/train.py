@@ -111,9 +111,9 @@ def d_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Ten
     with_slopes = takes_slopes(engine, config, now)
     for micro in micros:
         with torch.no_grad():
-            fake = twisted(engine, config, engine.generator.module(micro.z_d, micro.labels, now.alpha), micro, 1)
-            real = twisted(engine, config, micro.real, micro, 0)
-        real, fake = (x.detach().requires_grad_(taken) for x, taken in zip((real, fake), with_slopes, strict=True))
+            made = engine.generator.module(micro.z_d, micro.labels, now.alpha)
+        plain = micro.real.detach().requires_grad_(with_slopes[0]), made.requires_grad_(with_slopes[1])
+        real, fake = (twisted(engine, config, x, micro, place) for place, x in enumerate(plain))
         with engine.micro_step(net, last=micro is micros[-1]):
             real_out, fake_out = judged(config, net, real, fake, micro.labels, now.alpha)
             real_logits, fake_logits = real_out[:, :1], fake_out[:, :1]
@@ -122,7 +122,7 @@ def d_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Ten
             penalty = torch.zeros_like(loss)
             if now.penalty:
                 with uncompiled(config):
-                    penalty = penalise(engine, config, micro, (real, fake), (real_logits, fake_logits), now)
+                    penalty = penalise(engine, config, micro, plain, (real_logits, fake_logits), now)
                 loss = loss + now.penalty * penalty
             engine.backward(net, loss / len(micros))
         of_logits = (real_logits.mean(), fake_logits.mean(), penalty, sign(real_logits), sign(fake_logits))
@@ -207,16 +207,16 @@ def takes_slopes(engine: Engine, config: Config, now: Now) -> tuple[bool, bool]:
 
 
 def penalise(engine: Engine, config: Config, micro: Micro, images: Pair, logits: Pair, now: Now) -> Tensor:
-    """The configured penalty at the pictures as D got them. logits: what it said of them. Where D is asked again, it is
-    the bare one (see engine.py)."""
+    """The configured penalty at the pictures before they are augmented: D's slope through the augmentation, as in
+    R3GAN and StyleGAN2-ADA. logits: what D said of them. Where D is asked again, it is the bare one (see engine.py)."""
     module, loss, scale = engine.discriminator.module, config.loss, engine.discriminator.adam.scale
 
-    def critic(x: Tensor) -> Tensor:
-        of_x: Tensor = module(x, micro.labels, now.alpha)[:, :1]
+    def critic(x: Tensor, place: int = 0) -> Tensor:
+        of_x: Tensor = module(twisted(engine, config, x, micro, place), micro.labels, now.alpha)[:, :1]
         return of_x
 
-    def quotient(x: Tensor, of_x: Tensor) -> Tensor:
-        return losses.finite_difference_norms(critic, x, of_x, loss.fd_sigma, scale)
+    def quotient(x: Tensor, of_x: Tensor, place: int = 0) -> Tensor:
+        return losses.finite_difference_norms(partial(critic, place=place), x, of_x, loss.fd_sigma, scale)
 
     exact = loss.penalty == "exact"
     if loss.kind == "wgan-gp":
@@ -224,11 +224,12 @@ def penalise(engine: Engine, config: Config, micro: Micro, images: Pair, logits:
         norms = losses.exact_norms(critic(x), x, scale) if exact else quotient(x, critic(x))
         return losses.gradient_penalty(norms, loss.gp_lambda, loss.gp_target)
     total = images[0].new_zeros(())
-    for x, of_x, gamma in zip(images, logits, (now.rates.r1_gamma, now.rates.r2_gamma), strict=True):
+    gammas = (now.rates.r1_gamma, now.rates.r2_gamma)
+    for place, (x, of_x, gamma) in enumerate(zip(images, logits, gammas, strict=True)):
         if gamma and exact:
             total = total + losses.r1_penalty(of_x, x, gamma, scale)
         elif gamma:
-            total = total + losses.finite_difference_penalty(quotient(x, of_x), gamma)
+            total = total + losses.finite_difference_penalty(quotient(x, of_x, place), gamma)
     return total
 
 

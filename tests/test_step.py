@@ -27,7 +27,7 @@ from hrgan.networks.layers import downsample, upsample
 from hrgan.noise import local_rows
 from hrgan.pictures import to_float
 from hrgan.schedule import make_schedule
-from hrgan.train import d_step, micro_size, moment, one_step, penalise, prepare_step
+from hrgan.train import d_step, micro_size, moment, one_step, penalise, prepare_step, twisted
 
 SMALL = Config(
     network=NetworkConfig(resolution=8, latent=8, widths=[8, 8]),
@@ -133,10 +133,11 @@ def test_cuda_counts_no_synchronisation_in_a_step(name: str) -> None:
 def test_a_penalty_s_gradient_is_its_definition_s(
     family: str, gammas: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of passes of their own, where the step takes that of the adversarial term."""
+    """Of passes of their own, where the step takes that of the adversarial term; r3's through an augmentation."""
     network = NetworkConfig(resolution=8, latent=8, widths=[8, 8], family=family, mapping_layers=2, group_size=4)
+    augmented = AugmentConfig(ops=["ada"] if family == "r3" else [], strength=0.8)
     loss = LossConfig(kind="relativistic", r1_gamma=gammas[0], r2_gamma=gammas[1], r1_every=2)
-    config = replace(SMALL, network=network, loss=loss, precision="float32")
+    config = replace(SMALL, network=network, loss=loss, augment=augmented, precision="float32")
     engine = stepper(config)(112)  # Biases and what begins as zero have moved.
     phase = make_schedule(config).phases[1]
     micros = prepare_step(engine, config, phase, 128, torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8))
@@ -145,10 +146,15 @@ def test_a_penalty_s_gradient_is_its_definition_s(
     expected: dict[str, torch.Tensor] = {}
     for micro in micros:
         fake = engine.generator.module(micro.z_d, None, now.alpha).detach()
-        total = losses.relativistic_d(critic(micro.real, None, now.alpha), critic(fake, None, now.alpha))
-        for images, gamma in zip((micro.real, fake), gammas, strict=True):
+
+        def judge(x: torch.Tensor, place: int) -> torch.Tensor:
+            of_x: torch.Tensor = critic(twisted(engine, config, x, micro, place), None, now.alpha)  # noqa: B023
+            return of_x
+
+        total = losses.relativistic_d(judge(micro.real, 0), judge(fake, 1))
+        for place, (images, gamma) in enumerate(zip((micro.real, fake), gammas, strict=True)):
             x = images.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(critic(x, None, now.alpha).sum(), x, create_graph=True)
+            (slope,) = torch.autograd.grad(judge(x, place).sum(), x, create_graph=True)
             total = total + now.penalty * gamma / 2 * slope.square().sum((1, 2, 3)).mean()
         for name, gradient in _gradients(critic, total / len(micros)).items():
             expected[name] = expected.get(name, torch.zeros_like(gradient)) + gradient
@@ -163,6 +169,26 @@ def test_a_penalty_s_gradient_is_its_definition_s(
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7)
+
+
+def test_finite_differences_pass_each_side_s_own_augmentation() -> None:
+    gammas: dict[str, Any] = {"r1_gamma": 2.0, "r2_gamma": 3.0, "r1_every": 1}
+    exact = replace(
+        STEPS["r3"], loss=LossConfig(kind="relativistic", **gammas), augment=AugmentConfig(ops=["ada"], strength=0.8)
+    )
+    loss = replace(exact.loss, penalty="finite_difference", fd_sigma=1e-4)
+    engine = stepper(exact)(112)
+    images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+    micro = prepare_step(engine, exact, engine.phase, 128, images)[0]
+    now = moment(exact, engine.phase, 128)
+    sides = [x.detach().requires_grad_() for x in (micro.real, torch.rand_like(micro.real))]
+    critic = engine.discriminator.module
+    logits = [critic(twisted(engine, exact, x, micro, place), None, now.alpha) for place, x in enumerate(sides)]
+    found, expected = (
+        penalise(engine, config, micro, (sides[0], sides[1]), (logits[0], logits[1]), now)
+        for config in (replace(exact, loss=loss), exact)
+    )
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize("penalty", ["exact", "finite_difference"])
