@@ -40,6 +40,7 @@ from hrgan.networks.progan import Discriminator
 from hrgan.noise import draw, local_rows
 from hrgan.schedule import make_schedule
 from tests.conftest import Children
+from tests.test_train import FAMILIES as FAMILY_WORDS
 from tests.test_train import assert_same_bits, initial_tensors, killed_before_step, relative_error, train
 
 Result = dict[str, torch.Tensor]
@@ -400,10 +401,11 @@ def test_growth_releases_deepspeed_s_old_engines(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["style", "r3"])
 def test_a_checkpoint_of_any_engine_and_world_goes_on_with_any_other(
-    tmp_path: Path, tiny: Path, children: Children
+    family: str, tmp_path: Path, tiny: Path, labelled: Path, children: Children
 ) -> None:
-    words = ("--loss.kind", "logistic", "--loss.r1_every", "2", "--optim.eps", "1e-3", "--optim.lr", "0.01")
+    words = (*FAMILY_WORDS[family], "--data.path", str(labelled), "--optim.eps", "1e-3", "--optim.lr", "0.01")
     words += ("--schedule.reset_adam", "never")  # So that step counts differ from block to block.
     one, run = tmp_path / "one", tmp_path / "run"
     assert children.run(tmp_path / "log", train, str(tiny), str(one), *words)[0] == 0
@@ -423,7 +425,7 @@ def test_a_checkpoint_of_any_engine_and_world_goes_on_with_any_other(
         assert code == 0, output
     initial = initial_tensors(from_dict(yaml.safe_load((one / "config.yaml").read_text())))
     assert relative_error(run, one, initial) < 2e-5
-    for part in ("adam_generator", "adam_discriminator"):
+    for part in ("adam_generator", "adam_discriminator", "feedback"):
         name = f"checkpoints/160/{part}.safetensors"
         found, expected = load(run / name), load(one / name)
         assert found.keys() == expected.keys()
