@@ -125,8 +125,8 @@ def d_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Ten
                     penalty = penalise(engine, config, micro, plain, (real_logits, fake_logits), now)
                 loss = loss + now.penalty * penalty
             engine.backward(net, loss / len(micros))
-        of_logits = (real_logits.mean(), fake_logits.mean(), penalty, sign(real_logits), sign(fake_logits))
-        sums += torch.stack([loss, *of_logits]).detach() / len(micros)
+        told = signs(config.loss.kind, real_logits, fake_logits)
+        sums += torch.stack([loss, real_logits.mean(), fake_logits.mean(), penalty, *told]).detach() / len(micros)
     skipped = engine.update(net, sums[0])
     return torch.cat([sums, torch.stack([net.adam.norm, skipped])])
 
@@ -175,9 +175,12 @@ def uncompiled(config: Config) -> AbstractContextManager[None]:
     return torch.compiler.set_stance("force_eager") if config.compile else nullcontext()
 
 
-def sign(logits: Tensor) -> Tensor:
-    """The mean sign, which a number that is none leaves alone."""
-    return logits.sign().nan_to_num().mean()
+def signs(kind: str, real: Tensor, fake: Tensor) -> Pair:
+    """The mean signs of D's logits, which a number that is none leaves alone; of their differences, pair by pair, for
+    the relativistic loss, whose D has no zero."""
+    if kind == "relativistic":
+        real, fake = real - fake, fake - real
+    return real.sign().nan_to_num().mean(), fake.sign().nan_to_num().mean()
 
 
 def classified(config: Config, out: Tensor, micro: Micro) -> Tensor:

@@ -288,13 +288,15 @@ def test_a_g_that_learns_too_fast_draws_one_picture_and_no_mode(
     words = ("--optim.lr", "0.03", "--optim.lr_d", "0.0007", "--schedule.total_kimg", "2.5", "--log.tick_kimg", "0.25")
     run, found, log = trained(children, FEW, sets / "few", tmp_path, *words)
     assert "mode collapse" in found
-    assert log[-1]["duplicates"] == 1
+    assert min(row["diversity_feature"] for row in log) < 0.25 or max(row["duplicates"] for row in log) > 0.4
     assert modes(run) == 0 < modes(memorised[0])
 
 
 @pytest.mark.slow
-def test_a_healthy_run_has_no_warning(sets: Path, children: Children, tmp_path: Path) -> None:
-    _, found, log = trained(children, MANY, sets / "many", tmp_path)
+@pytest.mark.parametrize("loss", ["logistic", "relativistic"])
+def test_a_healthy_run_has_no_warning(loss: str, sets: Path, children: Children, tmp_path: Path) -> None:
+    _, found, log = trained(children, MANY, sets / "many", tmp_path, "--loss.kind", loss)
+
     assert found == []
     # All signs were there to be judged.
     keys = ("diversity_feature", "duplicates", "detail", "logit_seen", "logit_held_out", "sign_real", "grad_norm_g")
@@ -308,10 +310,10 @@ SHORT = ("--schedule.total_kimg", "2.5", "--log.tick_kimg", "0.256")
 @pytest.mark.slow
 def test_a_g_that_hardly_learns_leaves_d_to_win(sets: Path, children: Children, tmp_path: Path) -> None:
     words = ("--optim.lr", "0.000002", "--optim.lr_d", "0.002", "--loss.r1_gamma", "0.1")
-    assert trained(children, MANY, sets / "many", tmp_path, *words, *SHORT)[1] == ["D overpowering"]
-    # The relativistic pairs have no zero that a logit could be above.
-    loss = ("--loss.kind", "relativistic")
-    assert trained(children, MANY, sets / "many", tmp_path / "pairs", *words, *SHORT, *loss)[1] == []
+    for loss in ("logistic", "relativistic"):
+        folder = tmp_path / loss
+        found = trained(children, MANY, sets / "many", folder, *words, *SHORT, "--loss.kind", loss)[1]
+        assert found == ["D overpowering"], loss
 
 
 @pytest.mark.slow
@@ -342,7 +344,7 @@ def test_new_layers_that_draw_nothing_are_a_dead_fade(sets: Path, children: Chil
     )
     _, found, log = trained(children, MANY, sets / "many", tmp_path, *words, program=train_with_a_dead_layer)
     # In the end all of its pictures are as grey.
-    assert found in (["dead fade"], ["dead fade", "mode collapse"])
+    assert set(found) in ({"dead fade"}, {"dead fade", "mode collapse"})
     row = next(row for row in log if row.get("warnings"))
     assert row["alpha"] == pytest.approx(0.7)  # The third tick from the middle on.
 
@@ -488,8 +490,8 @@ def test_held_out_pictures_that_are_not_there_are_refused(
     assert str(tmp_path / "none") in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["logistic", "hinge"])
-def test_the_losses_with_a_zero_know_a_d_that_has_won(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["logistic", "hinge", "relativistic"])
+def test_the_losses_that_tell_right_from_wrong_know_a_d_that_has_won(kind: str) -> None:
     assert names(rows(10) + rows(PERSISTS, **SICK["D overpowering"]), kind) == ["D overpowering"]
 
 

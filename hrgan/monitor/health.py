@@ -81,9 +81,11 @@ GRACE = 4
 healthy run D called 100 % of the fakes and 97 % of the reals right, in one tick each)."""
 REACH = GRACE + PERSISTS
 """Rows that `warnings` must see, this one among them, to say anything."""
-SEPARATED = 0.9
-"""Least mean sign of D's logits on reals, and of minus those on fakes, where D has won. Healthy: at most 0.74 on both
-sides; a G that learns 1000 times slower: 0.94 to 1.00 from the second tick on; D at 20 times the rate: at most 0.85."""
+SEPARATED = {"logistic": 0.9, "hinge": 0.9, "relativistic": 0.98}
+"""By loss.kind: least mean sign of D's logits on reals, and of minus those on fakes, where D has won. Healthy: at most
+0.74 on both sides; a G that learns 1000 times slower: 0.94 to 1.00 from the second tick on; D at 20 times the rate: at
+most 0.85. Of relativistic pairs, which are told apart sooner, healthy: at most 0.93 after the grace; the slow G: 1.00.
+Not of the other losses: least squares draws the line at 1/2, and a Wasserstein critic should tell all."""
 DIVERSE = 0.25
 """Least diversity_feature of a G that has not collapsed. Healthy: never below 0.71, but a young one whose pictures are
 still pale 0.26 to 0.5 for 5 kimg after it has grown. G at 15 times its rate and D at a third: 0.49, 0.31, 0.21, 0.18 in
@@ -115,9 +117,6 @@ class Warning(NamedTuple):
     remedy: str
 
 
-SIGNED = ("logistic", "hinge")
-"""Of loss.kind, those whose D calls a picture real above 0 and generated below. Least squares draws the line at 1/2, a
-Wasserstein critic and the relativistic pairs have none."""
 REMEDIES = {
     "mode collapse": "a lower optim.lr, or a higher loss.r1_gamma; go on from a checkpoint before it",
     "D overpowering": "a lower optim.lr_d, or a higher loss.r1_gamma; see that G learns at all (optim.lr)",
@@ -138,15 +137,15 @@ def warnings(history: Sequence[Row], row: Row, loss: str = "logistic") -> list[W
     REACH - 1 are enough, fewer say nothing). loss: as of loss.kind. Not of a phase's first PERSISTS - 1 ticks.
 
     Rows are those of log.jsonl with vital_signs (of the EMA), sign_real and sign_fake (mean sign of D's logits in the
-    steps), grad_norm_g, grad_norm_d (means over the steps), and logit_held_out and logit_seen: D's mean logit, both at
-    the tick, of as many held-out reals and of reals that it trains on (its offset wanders from step to step: no mean
-    over steps can be compared). What `row` lacks, or has as None, is not judged; rows before it without it
-    are passed over.
+    steps, of their differences under relativistic), grad_norm_g, grad_norm_d (means over the steps), and logit_held_out
+    and logit_seen: D's mean logit, both at the tick, of as many held-out reals and of reals that it trains on (its
+    offset wanders from step to step: no mean over steps can be compared). What `row` lacks, or has as None, is not
+    judged; rows before it without it are passed over.
     """
     rows = [other for other in [*history, row][GRACE:] if other["phase"] == row["phase"]]
     found = {
         "mode collapse": _collapse(rows),
-        "D overpowering": _overpowering(rows) if loss in SIGNED else None,
+        "D overpowering": _overpowering(rows, SEPARATED[loss]) if loss in SEPARATED else None,
         "D memorising": _memorising(rows),
         "vanishing G": _vanishing(rows),
         "dead fade": _dead_fade(rows),
@@ -180,9 +179,9 @@ def _collapse(rows: Sequence[Row]) -> str | None:
     return f"{' and '.join(said)}, {PERSISTS} ticks in a row" if said else None
 
 
-def _overpowering(rows: Sequence[Row]) -> str | None:
+def _overpowering(rows: Sequence[Row], separated: float) -> str | None:
     signs = _of(rows, "sign_real", "sign_fake")
-    if signs is None or not all(min(real, -fake) >= SEPARATED for real, fake in signs):
+    if signs is None or not all(min(real, -fake) >= separated for real, fake in signs):
         return None
     real, fake = signs[-1]
     return (
