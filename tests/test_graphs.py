@@ -32,7 +32,7 @@ def trained(config: Config, steps: int) -> tuple[dict[str, Tensor], Tensor, int]
     size = phase.resolution
     for nimg in range(phase.nimg_from, phase.nimg_from + 16 * steps, 16):
         pictures = torch.Generator().manual_seed(nimg)
-        images = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8, generator=pictures)
+        images = torch.randint(0, 256, (16, config.network.channels, size, size), dtype=torch.uint8, generator=pictures)
         _, d_values, g_values = one_step(engine, config, phase, nimg, images, torch.arange(16) % 2)
         values.append(torch.cat([d_values, g_values]))
     parts = engine.state().parts
@@ -115,7 +115,7 @@ def test_steps_of_one_key_do_the_same_operations_with_the_same_numbers(name: str
     size = phase.resolution
     for step in range(24):
         nimg = phase.nimg_from + 16 * step
-        images = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8)
+        images = torch.randint(0, 256, (16, config.network.channels, size, size), dtype=torch.uint8)
         now = moment(config, phase, nimg)
         engine.set_rates(now.rates)
         micros = prepare_step(engine, config, phase, nimg, images, torch.arange(16) % 2)

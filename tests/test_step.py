@@ -43,7 +43,8 @@ def stepper(config: Config) -> Callable[[int], Engine]:
     engine.enter(phase, None)
     meter = Meter(engine.device)
     size = phase.resolution
-    images, labels = torch.randint(0, 256, (16, 3, size, size), dtype=torch.uint8), torch.arange(16) % 2
+    images = torch.randint(0, 256, (16, config.network.channels, size, size), dtype=torch.uint8)
+    labels = torch.arange(16) % 2
     if engine.device.type == "cuda":
         images = images.pin_memory()
 
@@ -82,7 +83,7 @@ STEPS = {
     ),
     "r3": replace(
         SMALL,
-        network=replace(SMALL.network, family="r3", group_size=4),
+        network=replace(SMALL.network, family="r3", group_size=4, channels=1, condition="acgan", classes=["a", "b"]),
         loss=LossConfig(kind="relativistic", r2_gamma=None, r1_every=1),
         ramp=RampConfig(kimg=1.0, lr=0.5, gamma=0.1, beta2=0.9, ema_kimg=1.0),
     ),
@@ -91,7 +92,7 @@ STEPS = {
     ),
     "dcgan": replace(
         SMALL,
-        network=replace(SMALL.network, resolution=16, widths=[8, 8, 8], family="dcgan"),
+        network=replace(SMALL.network, resolution=16, widths=[8, 8, 8], family="dcgan", channels=4),
         loss=LossConfig(kind="logistic", r1_gamma=0.0),
         schedule=replace(SMALL.schedule, start_resolution=8, micro_batch=None),
     ),
@@ -173,12 +174,14 @@ def test_a_penalty_s_gradient_is_its_definition_s(
 
 def test_finite_differences_pass_each_side_s_own_augmentation() -> None:
     gammas: dict[str, Any] = {"r1_gamma": 2.0, "r2_gamma": 3.0, "r1_every": 1}
+    network = replace(STEPS["r3"].network, condition="none", classes=None)
+    augmented = AugmentConfig(ops=["ada"], strength=0.8)
     exact = replace(
-        STEPS["r3"], loss=LossConfig(kind="relativistic", **gammas), augment=AugmentConfig(ops=["ada"], strength=0.8)
+        STEPS["r3"], network=network, loss=LossConfig(kind="relativistic", **gammas), augment=augmented
     )
     loss = replace(exact.loss, penalty="finite_difference", fd_sigma=1e-4)
     engine = stepper(exact)(112)
-    images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
+    images = torch.randint(0, 256, (16, 1, 8, 8), dtype=torch.uint8)
     micro = prepare_step(engine, exact, engine.phase, 128, images)[0]
     now = moment(exact, engine.phase, 128)
     sides = [x.detach().requires_grad_() for x in (micro.real, torch.rand_like(micro.real))]

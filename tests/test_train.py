@@ -138,13 +138,14 @@ FAMILIES = {
     ),
     "r3": (
         *("--network.family", "r3", "--loss.kind", "relativistic", "--loss.r2_gamma", "1", "--loss.r1_every", "1"),
+        *("--network.condition", "projection"),
         *("--augment.ops", "[diffaugment]", "--augment.strength", "1", "--ramp.kimg", "0.1", "--ramp.lr", "0.2"),
         *("--ramp.beta2", "0.9", "--ramp.ema_kimg", "1", "--ramp.gamma", "0.1", "--ramp.augment", "0.3"),
     ),
     "progan": ("--network.condition", "acgan"),
     "dcgan": (
         *("--network.family", "dcgan", "--schedule.start_resolution", "8", "--loss.kind", "logistic"),
-        *("--loss.r1_gamma", "0", "--optim.ema_kimg", "0.1"),
+        *("--loss.r1_gamma", "0", "--optim.ema_kimg", "0.1", "--network.condition", "acgan"),
     ),
 }
 """With all that a step carries over to the next one."""
