@@ -114,7 +114,7 @@ def described(part: str, fit: Fit) -> str:
     whole = len(fit.taken) + len(fit.in_part) + len(fit.initial)
     line = f"init_from: {part}: {len(fit.taken)} of {whole} tensors taken"
     for names, what in (
-        (fit.in_part, "but for classes that the checkpoint lacks"),
+        (fit.in_part, "in part, without classes that the checkpoint lacks"),
         (fit.initial, "begin anew"),
         (fit.unused, "of the checkpoint not used"),
     ):

@@ -86,8 +86,8 @@ def _loss_problems(config: Config) -> list[str]:
     loss, network, found = config.loss, config.network, []
     if loss.r1_gamma is None and loss.kind == "relativistic":
         found.append(
-            "loss.r1_gamma: null is StyleGAN2-ADA's rule for the logistic loss, a hundredth of what the relativistic "
-            "loss needs; nearest: a number for each resolution, such as {4: 0.5, 32: 1, 256: 150}"
+            "loss.r1_gamma: null is StyleGAN2-ADA's rule for the logistic loss, far below what the relativistic loss "
+            "needs; nearest: a number for each resolution, such as {4: 0.5, 32: 1, 256: 150}"
         )
     if loss.path_weight > 0 and network.family != "style":
         found.append(

@@ -116,26 +116,21 @@ def _gradient(logits: Tensor, x: Tensor, scale: Tensor | None, differentiable: b
 
 def gradient_penalty(norms: Tensor, weight: float, target: float) -> Tensor:
     """WGAN-GP (Gulrajani et al. 2017): weight / target^2 * E[(|grad D(x)| - target)^2]. norms: |grad D(x)| at points x
-    between reals and fakes, over C, H, W: exact_norms' or finite_difference_norms'."""
+    between reals and fakes, over C, H, W: roots of exact_squares', or finite_difference_norms'."""
     return weight / target**2 * (norms - target).square().mean()
 
 
-def exact_norms(logits: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
-    """(N,) norms of input_gradient, differentiable by the critic's parameters by a double backward."""
-    return input_gradient(logits, x, scale).square().sum((1, 2, 3)).sqrt()
+def r1_penalty(squares: Tensor, gamma: float) -> Tensor:
+    """R1 (Mescheder et al. 2018): gamma / 2 * E[|grad D(x)|^2], the norm over C, H, W; R2 where x are fakes. squares:
+    exact_squares' or those of finite_difference_norms."""
+    return gamma / 2 * squares.mean()
 
 
-def r1_penalty(logits: Tensor, x: Tensor, gamma: float, scale: Tensor | None = None) -> Tensor:
-    """R1 (Mescheder et al. 2018): gamma / 2 * E[|grad D(x)|^2], the norm over C, H, W; R2 where x are fakes. logits, x,
-    scale: see input_gradient. With the logits of the adversarial term, D is computed once for both: a penalty then
-    costs half of what it does with a second pass.
-    """
-    return gamma / 2 * input_gradient(logits, x, scale).square().sum((1, 2, 3)).mean()
-
-
-def finite_difference_penalty(norms: Tensor, gamma: float) -> Tensor:
-    """R1 without a double backward, of finite_difference_norms: gamma / 2 * E[norms^2]."""
-    return gamma / 2 * norms.square().mean()
+def exact_squares(logits: Tensor, x: Tensor, scale: Tensor | None = None) -> Tensor:
+    """(N,) squared norms of input_gradient, differentiable by the critic's parameters by a double backward. With the
+    logits of the adversarial term, D is computed once for both: a penalty then costs half of what it does with a second
+    pass."""
+    return input_gradient(logits, x, scale).square().sum((1, 2, 3))
 
 
 def finite_difference_norms(

@@ -224,15 +224,14 @@ def penalise(engine: Engine, config: Config, micro: Micro, images: Pair, logits:
     exact = loss.penalty == "exact"
     if loss.kind == "wgan-gp":
         x = torch.lerp(*images, micro.mix).detach().requires_grad_(engine.zero_stage != 3)
-        norms = losses.exact_norms(critic(x), x, scale) if exact else quotient(x, critic(x))
+        norms = losses.exact_squares(critic(x), x, scale).sqrt() if exact else quotient(x, critic(x))
         return losses.gradient_penalty(norms, loss.gp_lambda, loss.gp_target)
     total = images[0].new_zeros(())
     gammas = (now.rates.r1_gamma, now.rates.r2_gamma)
     for place, (x, of_x, gamma) in enumerate(zip(images, logits, gammas, strict=True)):
-        if gamma and exact:
-            total = total + losses.r1_penalty(of_x, x, gamma, scale)
-        elif gamma:
-            total = total + losses.finite_difference_penalty(quotient(x, of_x, place), gamma)
+        if gamma:
+            squares = losses.exact_squares(of_x, x, scale) if exact else quotient(x, of_x, place).square()
+            total = total + losses.r1_penalty(squares, gamma)
     return total
 
 

@@ -176,7 +176,8 @@ def test_classes_keep_their_rows_by_name(tmp_path: Path) -> None:
     lines: list[str] = []
     state = adopted(config, make_schedule(config).phases[0], source, lines.append)
     assert lines[0] == (
-        "init_from: generator: 40 of 41 tensors taken; but for classes that the checkpoint lacks: embedding.weight"
+        "init_from: generator: 40 of 41 tensors taken; in part, without classes that the checkpoint lacks: "
+        "embedding.weight"
     )
     old = checkpoint.load(checkpoint.find(source)).state.parts
     for part in ("generator", "discriminator"):

@@ -19,11 +19,11 @@ def linear(weight: torch.Tensor) -> losses.Critic:
 
 def r1(critic: losses.Critic, images: torch.Tensor, gamma: float, scale: torch.Tensor | None = None) -> torch.Tensor:
     x = images.detach().requires_grad_()
-    return losses.r1_penalty(critic(x), x, gamma, scale)
+    return losses.r1_penalty(losses.exact_squares(critic(x), x, scale), gamma)
 
 
 def quotient_r1(critic: losses.Critic, x: torch.Tensor, sigma: float, gamma: float) -> torch.Tensor:
-    return losses.finite_difference_penalty(losses.finite_difference_norms(critic, x, critic(x), sigma), gamma)
+    return losses.r1_penalty(losses.finite_difference_norms(critic, x, critic(x), sigma).square(), gamma)
 
 
 def test_wasserstein_losses_and_their_gradients() -> None:
@@ -120,7 +120,7 @@ def test_gradient_penalty_of_a_linear_critic(exact: bool) -> None:
     weight, x = W.clone().requires_grad_(True), REAL.clone().requires_grad_(exact)
     critic = linear(weight)
     of_x = critic(x)
-    norms = losses.exact_norms(of_x, x) if exact else losses.finite_difference_norms(critic, x, of_x, 0.01)
+    norms = losses.exact_squares(of_x, x).sqrt() if exact else losses.finite_difference_norms(critic, x, of_x, 0.01)
     penalty = losses.gradient_penalty(norms, weight=10.0, target=2.0)
     torch.testing.assert_close(penalty, 10 / 4 * (W.norm() - 2) ** 2)
     penalty.backward()
