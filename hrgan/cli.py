@@ -498,7 +498,9 @@ def bench_step_arguments(parser: Parser) -> None:
         "--with-saves", action="store_true", help="also what checkpoints and looks for a stop take of a run's time"
     )
     parser.add_argument("--resolutions", type=list[int], default=[], help="only these, e.g. [256,512]; default: all")
-    parser.add_argument("--precisions", type=list[Precision], default=["float32", "bf16"], help="e.g. [bf16]")
+    parser.add_argument(
+        "--precisions", type=list[Precision], default=[], help="e.g. [bf16]; default: float32, and bf16 if native"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
     config_arguments(parser)
 

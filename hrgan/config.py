@@ -23,7 +23,7 @@ CHUNK = 4
 
 IntByRes = int | dict[int, int]
 FloatByRes = float | dict[int, float]
-Precision = Literal["float32", "bf16", "fp16"]
+Precision = Literal["auto", "float32", "bf16", "fp16"]
 Number = TypeVar("Number", int, float)
 
 
@@ -366,8 +366,9 @@ class Config:
     seed: int = 0
     """Decides initial weights, the order of images and all noise."""
     precision: Precision = "float32"
-    """bf16 and fp16 compute the convolutions under autocast; weights, Adam and EMA stay float32. fp16 scales the loss
-    (for GPUs without bf16; not under DeepSpeed)."""
+    """bf16 and fp16 compute the convolutions under autocast; weights, Adam and EMA stay float32. auto: bf16 where all
+    devices of the launch have it, else float32; a run goes on in what it began with. fp16 scales the loss (for GPUs
+    without bf16; not under DeepSpeed)."""
     deterministic: bool = False
     """On CUDA: only kernels that give the same bits each time (slower). The CPU always does."""
     cuda_graphs: bool = False

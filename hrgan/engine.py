@@ -14,7 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from hrgan import watch, zero
 from hrgan.adam import Adam, LossScale
-from hrgan.config import Config
+from hrgan.config import Config, Precision
 from hrgan.errors import REFUSALS, Drifted, HrganError, UserError, refused_by_system
 from hrgan.graphs import Graphs
 from hrgan.networks import AUTOCAST, make_discriminator, make_generator
@@ -110,12 +110,19 @@ def from_all(value: Result, world: int) -> list[Result]:
     return found
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bf16 itself. Others emulate it, several times as slowly as float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # The last is Arm's.
+
+
 class Engine:
     """Holds G, D, their Adams and the EMA of G for one phase at a time."""
 
     def __init__(self, config: Config) -> None:
         """Join the processes that `accelerate launch` started. UserError for a kind of launch that is not supported."""
-        self.config = config
         # Above the watch's, which says more (watch.py).
         timeout = timedelta(minutes=config.limits.timeout_minutes * 1.5, seconds=15)
         _meet_after_restart(timeout)
@@ -171,6 +178,15 @@ class Engine:
         if config.compile and self.zero_stage is not None:
             raise UserError("compile: true, but DeepSpeed's hooks are not compiled; nearest: false, or DDP")
         self.graphs = Graphs(False)
+        lacking = None if has_bf16(self.device) else f"no bf16 on {self.device.type} {self.rank}"
+        self.has_bf16 = self.agree(lacking) is None
+        """Whether the devices of all processes do."""
+        self.config = config if config.precision != "auto" else replace(config, precision=self.best_precision)
+
+    @property
+    def best_precision(self) -> Precision:
+        """What `precision: auto` begins with."""
+        return "bf16" if self.has_bf16 else "float32"
 
     def _make_store(self, timeout: timedelta) -> Any:
         """A store that rank 0 keeps, for the watch: the launcher's own may end before the processes do."""

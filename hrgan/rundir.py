@@ -13,12 +13,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args
 
 import torch
 
 from hrgan import checkpoint
-from hrgan.config import Config, differences, from_dict, read_yaml, to_yaml
+from hrgan.config import Config, Precision, differences, from_dict, read_yaml, to_yaml
 from hrgan.data.dataset import Dataset
 from hrgan.errors import DataError, Stopped, UserError
 from hrgan.schedule import Schedule
@@ -73,6 +73,15 @@ def with_values(config: Config, dataset: Dataset) -> Config:
         raise UserError(f"network.classes: {config.network.classes}, but {dataset.where} has {found}; leave it out")
     data = replace(config.data, values=list(dataset.values))
     return replace(config, data=data, network=replace(config.network, classes=classes))
+
+
+def begun_precision(folder: Path) -> Precision | None:
+    """What the run in a folder computes in; None where there is none, or none that can be read (`open_run` says so)."""
+    try:
+        found = read_yaml(folder / "config.yaml").get("precision")
+    except UserError:
+        return None
+    return found if found in get_args(Precision) else None
 
 
 def open_run(folder: Path, config: Config, dataset: Dataset, say: Callable[[str], None]) -> Path | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +43,7 @@ from hrgan.run import (
     roll_back,
     settle,
 )
-from hrgan.rundir import check_shards, open_run, with_values
+from hrgan.rundir import begun_precision, check_shards, open_run, with_values
 from hrgan.schedule import Phase, Rates, make_schedule, rates, what_is_due
 from hrgan.sizes import size_text
 from hrgan.watch import Watch, beat, patience, stop_time
@@ -360,6 +360,9 @@ def train(config: Config, folder: Path) -> None:
             raise UserError("data.path: empty; name the folder or URL of a set of shards: --data.path SHARDS")
         dataset = open_dataset(config.data)
         check_shards(config, dataset, schedule)
+        if config.precision == "auto":
+            begun = engine.on_main(lambda: begun_precision(folder))
+            config = replace(config, precision=begun or engine.best_precision)
         config = engine.config = with_values(config, dataset)
         held_out = open_held_out(config, dataset, schedule)
         reals = reference(config, dataset, dataset.resolution)
@@ -391,6 +394,8 @@ def train(config: Config, folder: Path) -> None:
                 f"{dataset.num_samples:,} images, "
                 f"{engine.world} x {engine.device.type} ({engine.name}), {config.precision}, {extractor.called('fd')}"
             )
+            if config.precision == "bf16" and not engine.has_bf16:
+                run.say("precision: bf16 is emulated here, several times as slowly as float32; begin a run with auto")
             if config.cuda_graphs and not engine.can_record:
                 run.say("cuda_graphs: only on one GPU in one process; here each step is launched")
             state = saved.state if saved else None

@@ -26,6 +26,7 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
 SlurmdPidFile={folder}/%n.pid
 SlurmdLogFile={folder}/%n.log
+SlurmdDebug=debug
 SlurmctldPidFile={folder}/controller.pid
 SlurmctldLogFile={folder}/controller.log
 ProctrackType=proctrack/linuxproc

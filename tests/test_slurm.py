@@ -206,10 +206,10 @@ def test_a_lost_node_brings_the_job_back_with_the_same_bits(place: Place, finish
     place.wait_for_step(run, 3)
     place.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     place.wait_for_requeue(job)
-    # A lost node is gone; this one's slurmd lives, and if it doesn't see its step end before the job's next one begins,
-    # it kills that one after KillWait (30 s). start_now gives it two seconds to see.
+    # A lost node is gone; this one's slurmd lives, and looks each second, later each tenth, whether its step has ended.
+    # If it doesn't see that before the job's next one begins, it kills that one after KillWait (30 s).
     log = place.cluster.folder / "n2.log"
-    place.cluster.wait(lambda: f"[{job}.0] done with job" in log.read_text(), 40, "n2 to end its step")
+    place.cluster.wait(lambda: f"completed epilog for jobid {job}" in log.read_text(), 60, "n2 to see its step's end")
     place.cluster.run("scontrol", "update", "NodeName=n2", "State=IDLE")
     assert "SLURM has put it back into the queue" in said(run)
     place.pace(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -322,6 +323,57 @@ def test_a_run_killed_in_its_first_moments_starts_with_the_same_command(
         assert code == 0, output
         shutil.rmtree(run)
         run.mkdir()
+
+
+# Precision
+
+
+def on_a_device(able: bool, config: str, run: str, *words: str) -> int:
+    """Train where the CPU has bf16 of its own, or has not."""
+    import hrgan.engine
+
+    hrgan.engine.has_bf16 = lambda device: able
+    return train(config, run, *words)
+
+
+def precision_of(run: Path) -> Any:
+    return yaml.safe_load((run / "config.yaml").read_text())["precision"]
+
+
+def test_auto_is_bf16_where_the_device_has_it_and_a_run_goes_on_in_what_it_began_with(
+    tmp_path: Path, tiny: Path, children: Children
+) -> None:
+    run, auto = tmp_path / "run", ("--precision", "auto", "--schedule.total_kimg")
+    code, output = children.run(tmp_path / "first", on_a_device, True, str(tiny), str(run), *auto, "0.032")
+    assert code == 0, output
+    assert ", bf16, " in output
+    assert "emulated" not in output
+    assert precision_of(run) == "bf16"
+    code, output = children.run(tmp_path / "second", on_a_device, False, str(tiny), str(run), *auto, "0.048")
+    assert code == 0, output
+    assert ", bf16, " in output
+    assert "bf16 is emulated here" in output
+    assert precision_of(run) == "bf16"
+
+
+def test_auto_is_float32_where_the_device_has_no_bf16(
+    reference: tuple[Path, Path], tmp_path: Path, children: Children
+) -> None:
+    config, expected = reference
+    run = tmp_path / "run"
+    code, output = children.run(tmp_path / "log", on_a_device, False, str(config), str(run), "--precision", "auto")
+    assert code == 0, output
+    assert ", float32, " in output
+    assert precision_of(run) == "float32"
+    assert_same_bits(run, expected)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads x86's flags")
+def test_a_cpu_has_bf16_where_its_flags_say_so() -> None:
+    from hrgan.engine import has_bf16
+
+    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].splitlines()[0].split()
+    assert has_bf16(torch.device("cpu")) == bool({"avx512_bf16", "amx_bf16"} & set(flags))
 
 
 # Any world

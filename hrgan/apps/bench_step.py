@@ -53,20 +53,21 @@ def bench_step(
     seconds: float,
     with_saves: bool = False,
     sizes: Collection[int] = (),
-    precisions: Sequence[Precision] = ("float32", "bf16"),
+    precisions: Sequence[Precision] = (),
 ) -> list[Row]:
-    """A row for each resolution (of `sizes`, where some are given) and precision: img_per_sec of the whole step; the
-    shares of D, G, penalty, EMA and data in it; matmul_share, what its convolutions and products reach of the rate at
-    which this process multiplies large matrices in that precision; memory_gb, the most that it held on the GPU (null
-    without one). Batches come from the loader where data.path holds a set, else from memory. with_saves: also what
-    checkpoints and looks for a reason to stop take of a run's time."""
+    """A row for each resolution (of `sizes`, where some are given) and precision (without any: float32, and bf16 where
+    the device has it): img_per_sec of the whole step; the shares of D, G, penalty, EMA and data in it; matmul_share,
+    what its convolutions and products reach of the rate at which this process multiplies large matrices in that
+    precision; memory_gb, the most that it held on the GPU (null without one). Batches come from the loader where
+    data.path holds a set, else from memory. with_saves: also what checkpoints and looks for a reason to stop take of a
+    run's time."""
     rows = []
     unknown = sorted(set(sizes) - set(resolutions(config)))
     if unknown:
         raise UserError(f"--resolutions: {unknown} are none of the run's, {resolutions(config)}")
     engine = Engine(config)
     for size in (size for size in resolutions(config) if not sizes or size in sizes):
-        for precision in precisions:
+        for precision in precisions or (("float32", "bf16") if engine.has_bf16 else ("float32",)):
             engine.config = replace(config, precision=precision)
             phase = stable_phase(config, size)
             engine.enter(phase, None)
@@ -244,7 +245,8 @@ def _operations(act: Act) -> float:
 
 def _matmul_rate(engine: Engine, seconds: float) -> float:
     """Floating point operations a second of one large product of matrices, in the run's precision."""
-    side = 8192 if engine.device.type == "cuda" else 2048
+    emulated = engine.config.precision != "float32" and not engine.has_bf16  # That may take minutes for a product.
+    side = 8192 if engine.device.type == "cuda" else 256 if emulated else 2048
     # Random numbers: a GPU multiplies ones at less power, and so faster.
     a = torch.randn(side, side, device=engine.device).to(AUTOCAST[engine.config.precision] or torch.float32)
     return 2 * side**3 / seconds_of(lambda: a @ a, engine, seconds)

@@ -25,6 +25,7 @@ def bench_switches(config: Config, seconds: float) -> list[Row]:
     and start_seconds, what building and the first step took, in which networks are compiled; and adam_ms, one step of
     both networks by each of torch's Adams. CUDA graphs are tried on one GPU only."""
     engine = Engine(replace(config, compile=True))  # Where that is refused, it is at once.
+    config = replace(config, precision=engine.config.precision)
     graphs = (False, True) if engine.can_record else (False,)
     rows = [
         _row(engine, replace(config, compile=compiled, cuda_graphs=recorded), seconds)
