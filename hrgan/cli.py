@@ -599,24 +599,40 @@ def split_config(words: list[str]) -> tuple[list[str], str | None, list[tuple[st
 def read_config(parser: Parser, file: str | None, overrides: list[tuple[str, str]]) -> Config:
     """The configuration of a file and overrides. UserError that lists every problem of both: unknown keys, wrong
     types, wrong values."""
-    found, tree = [], {}
-    for key, value in [*(leaves(read_yaml(Path(file))) if file else []), *overrides]:
-        if (unknown := unknown_key(key)) is not None:
-            found.append(unknown)
-            continue
-        branch = nested(key, value)
-        try:
-            parser.parse_object(branch)
-            tree[key] = value
-        except (UserError, ArgumentError):
-            found.append(wrong_type(key, value))
-    merged: dict[str, Any] = {}
-    for key, value in tree.items():
-        merge(merged, nested(key, value))
-    namespace = parser.instantiate_classes(parser.parse_object(merged))
+    written = list(leaves(read_yaml(Path(file)))) if file else []
+    given = [*written, *overrides]
+    found = {index: line for index, (key, _) in enumerate(given) if (line := unknown_key(key)) is not None}
+    known = [(index, leaf) for index, leaf in enumerate(given) if index not in found]
+    # The parser takes as long for one leaf as for all: each by itself only where one is wrong, to tell which.
+    halves = ([leaf for index, leaf in known if (index < len(written)) == of_file] for of_file in (True, False))
+    if not all(parses(parser, half) for half in halves):
+        found |= {index: wrong_type(*leaf) for index, leaf in known if not parses(parser, [leaf])}
+    right = [leaf for index, leaf in known if index not in found]
+    namespace = parser.instantiate_classes(parser.parse_object(grown(right)))
     config = Config(**{name: namespace[name] for name in topics()})
-    refuse([*found, *problems(config)], file or "configuration")
+    refuse([*(found[index] for index in sorted(found)), *problems(config)], file or "configuration")
     return config
+
+
+Leaf = tuple[str, Any]
+"""A key such as loss.kind, and its value."""
+
+
+def parses(parser: Parser, given: list[Leaf]) -> bool:
+    """Whether all have the types that the configuration wants."""
+    try:
+        parser.parse_object(grown(given))
+    except (UserError, ArgumentError):
+        return False
+    return True
+
+
+def grown(given: list[Leaf]) -> dict[str, Any]:
+    """The tree of these leaves; of the same key the last one stays."""
+    tree: dict[str, Any] = {}
+    for key, value in dict(given).items():
+        merge(tree, nested(key, value))
+    return tree
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:

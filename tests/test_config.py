@@ -97,6 +97,17 @@ def test_a_resolution_without_a_step_is_refused_before_training(capsys: pytest.C
     assert "8² gets no step" in line
 
 
+def test_a_wrong_type_in_the_file_is_named_also_where_an_override_replaces_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text("optim: {lr: fast, lrr: 1}\nseed: [1]\n")
+    lines = "\n".join(refused(capsys, "schedule", "--config", path, "--optim.lr", "0.1", "--log.grid", "many"))
+    places = [lines.find(text) for text in ("optim.lr: 'fast'", "optim.lrr", "seed: [1]", "log.grid: 'many'")]
+    assert places == sorted(places), lines
+    assert places[0] > -1
+
+
 def test_an_option_without_its_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--config: a value is missing" in refused(capsys, "schedule", "--config")[0]
 
