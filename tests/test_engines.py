@@ -34,7 +34,7 @@ from hrgan.config import (
     ScheduleConfig,
     from_dict,
 )
-from hrgan.engine import PARTS, Engine, Net, State
+from hrgan.engine import PARTS, Engine, Net, State, has_bf16
 from hrgan.errors import Drifted, UserError
 from hrgan.networks.progan import Discriminator
 from hrgan.noise import draw, local_rows
@@ -195,7 +195,10 @@ def test_two_processes_train_like_one(
 ) -> None:
     number = MATRIX.index((loss, precision, micros))
     found, expected = results(engine)[number], results("one process")[number]
-    if precision == "float32" or micros == 2:  # Then the same images go through the networks together.
+    if precision == "bf16" and not has_bf16(torch.device("cpu")):
+        # Emulated, it rounds otherwise in each memory layout, and DeepSpeed's is another one.
+        assert distance(found, expected) < 0.1
+    elif precision == "float32" or micros == 2:  # Then the same images go through the networks together.
         assert distance(found, expected) < ROUNDING
     else:  # Else sums over other images round otherwise in bf16, as far as bf16 is from float32; all engines alike.
         assert distance(found, expected) < 0.1
