@@ -25,7 +25,7 @@ TINY = """
 data: {{path: {shards}, workers: 0, slots: 2, window: 8}}
 network: {{resolution: 16, latent: 8, widths: [8, 8, 8]}}
 schedule: {{total_kimg: 0.16, stable_kimg: 0.032, fade_kimg: 0.032, batch: 16}}
-eval: {{every_kimg: 0, num_fake: 16, extractor: random, max_share: 1}}
+eval: {{every_kimg: 0, num_fake: 16, num_real: 32, bootstrap: 2, extractor: random, max_share: 1}}
 checkpoint: {{every_kimg: 0.016, keep: 12}}
 log: {{tick_kimg: 0.016, samples_kimg: 0.1, grid: 2, tensorboard: false, max_share: 0}}
 """

@@ -110,10 +110,10 @@ def tensors(images: Tensor, labels: Tensor | None = None, classes: tuple[str, ..
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """41 pictures of one kind and 55 of another, in files."""
+    """23 pictures of one kind and 29 of another, in files."""
     root = tmp_path_factory.mktemp("pair")
     random = np.random.default_rng(0)
-    for name, count, level in (("a", 41, 90), ("b", 55, 160)):
+    for name, count, level in (("a", 23, 90), ("b", 29, 160)):
         (root / name).mkdir()
         for number in range(count):
             coarse = random.integers(0, level, size=(4, 4, 3)).repeat(8, 0).repeat(8, 1)
@@ -166,13 +166,13 @@ def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(a: str, b: str, extractor: str, weights: str, out: str) -> int:
     """`hrgan eval A B` in the processes that this is called in; the first writes the row."""
     settings = Settings(
-        metrics=("kid", "isc", "prc"), extractor=extractor, weights=weights, kid_subset_size=30, workers=1, bootstrap=0
+        metrics=("kid", "isc", "prc"), extractor=extractor, weights=weights, kid_subset_size=15, workers=1, bootstrap=0
     )
     as_asked = Settings.of
 
     def in_small_batches(self: Settings, config: Config) -> Config:  # Several in each process, the last one not full.
         found = as_asked(self, config)
-        return replace(found, eval=replace(found.eval, batch=16))
+        return replace(found, eval=replace(found.eval, batch=8))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Settings, "of", in_small_batches)
@@ -207,8 +207,8 @@ def test_every_metric_equals_torch_fidelity_s_own_on_one_and_on_two_processes(
     monkeypatch.setenv("HRGAN_CACHE", str(tmp_path / "cache"))
     full = {"inception": "inception-v3-compat"}.get(name, name)
     theirs = torch_fidelity.calculate_metrics(
-        input1=str(folders[0]), input2=str(folders[1]), fid=True, kid=True, isc=True, prc=True, kid_subset_size=30,
-        cuda=False, cache=False, verbose=False, batch_size=16, feature_extractor=full,
+        input1=str(folders[0]), input2=str(folders[1]), fid=True, kid=True, isc=True, prc=True, kid_subset_size=15,
+        cuda=False, cache=False, verbose=False, batch_size=8, feature_extractor=full,
         feature_extractor_weights_path=str(weights),
     )  # fmt: skip
     cache = str(tmp_path / "cache")
@@ -228,7 +228,7 @@ def test_every_metric_equals_torch_fidelity_s_own_on_one_and_on_two_processes(
         ):
             found = row[f"{plain.get(ours, ours)}{suffix[ours]}" if ours in suffix else ours]
             assert found == pytest.approx(theirs[key], rel=1e-3), (ours, world)
-        assert (row["num_fake"], row["num_real"], row["extractor"]) == (41, 55, full)
+        assert (row["num_fake"], row["num_real"], row["extractor"]) == (23, 29, full)
 
 
 def lengths(shards: str, out: str) -> int:
@@ -799,7 +799,7 @@ def test_any_two_sides_are_compared(
     monkeypatch.setenv("HRGAN_CACHE", str(tmp_path / "cache"))
     own = ("--extractor", "random")
     row = run_cli(capsys, *folders, *own)
-    assert (row["num_fake"], row["num_real"], row["resolution"]) == (41, 55, 32)
+    assert (row["num_fake"], row["num_real"], row["resolution"]) == (23, 29, 32)
     assert row["fd_random"] > 1.5 * row["fd_random_floor"]
     assert run_cli(capsys, folders[1], folders[1], *own)["fd_random"] == pytest.approx(0, abs=1e-3)
     row = run_cli(capsys, shards, shards, *own, "--resolution", "16", "--count", "50")
@@ -808,7 +808,7 @@ def test_any_two_sides_are_compared(
     assert (row["resolution"], row["real_set"]) == (32, sets(shards).real_set)
     assert run_cli(capsys, folders[0], folders[1], *own, "--resolution", "16")["resolution"] == 16
     assert run_cli(capsys, folders[0], shards, *own, "--mirror")["num_real"] == 192
-    assert run_cli(capsys, shards, folders[0], *own)["num_real"] == 41
+    assert run_cli(capsys, shards, folders[0], *own)["num_real"] == 23
 
 
 def test_bad_sides_get_one_line(
@@ -839,7 +839,7 @@ def test_bad_sides_get_one_line(
         ((tmp_path / "large", b), 2, "sizes that differ: 64x64 of"),
         ((tmp_path / "broken", b), 4, "the first picture of the folder must be readable"),
         ((a, shards, "--resolution", "64"), 2, "sizes that differ: 64² is asked for"),
-        ((a, b, "--metrics", "kid"), 2, "kid needs at least 1000 pictures, but there are 41 of"),
+        ((a, b, "--metrics", "kid"), 2, "kid needs at least 1000 pictures, but there are 23 of"),
         ((a, b, "--metrics", "isc", "--count", "5"), 2, "isc needs at least 10 pictures, but there are 5 of"),
         ((a, b, "--metrics", "ppl"), 2, "ppl needs a generator"),
         ((a, b, "--metrics", "class_fid"), 2, "class_fid needs classes that both sides have"),
