@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -178,10 +179,12 @@ class Engine:
         if config.compile and self.zero_stage is not None:
             raise UserError("compile: true, but DeepSpeed's hooks are not compiled; nearest: false, or DDP")
         self.graphs = Graphs(False)
-        lacking = None if has_bf16(self.device) else f"no bf16 on {self.device.type} {self.rank}"
-        self.has_bf16 = self.agree(lacking) is None
-        """Whether the devices of all processes do."""
         self.config = config if config.precision != "auto" else replace(config, precision=self.best_precision)
+
+    @cached_property
+    def has_bf16(self) -> bool:
+        """Whether the devices of all processes do. Asked first by all at the same place."""
+        return self.agree(None if has_bf16(self.device) else f"{self.device.type} {self.rank} has no bf16") is None
 
     @property
     def best_precision(self) -> Precision:

@@ -295,9 +295,9 @@ def test_a_g_that_learns_too_fast_draws_one_picture_and_no_mode(
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["logistic", "relativistic"])
 def test_a_healthy_run_has_no_warning(loss: str, sets: Path, children: Children, tmp_path: Path) -> None:
-    _, found, log = trained(children, MANY, sets / "many", tmp_path, "--loss.kind", loss)
-
+    run, found, log = trained(children, MANY, sets / "many", tmp_path, "--loss.kind", loss)
     assert found == []
+    assert modes(run) > 0
     # All signs were there to be judged.
     keys = ("diversity_feature", "duplicates", "detail", "logit_seen", "logit_held_out", "sign_real", "grad_norm_g")
     assert not [key for key in keys for row in log if row[key] is None]
@@ -312,14 +312,16 @@ def test_a_g_that_hardly_learns_leaves_d_to_win(sets: Path, children: Children, 
     words = ("--optim.lr", "0.000002", "--optim.lr_d", "0.002", "--loss.r1_gamma", "0.1")
     for loss in ("logistic", "relativistic"):
         folder = tmp_path / loss
-        found = trained(children, MANY, sets / "many", folder, *words, *SHORT, "--loss.kind", loss)[1]
+        run, found, _ = trained(children, MANY, sets / "many", folder, *words, *SHORT, "--loss.kind", loss)
         assert found == ["D overpowering"], loss
+        assert modes(run) == 0, loss
 
 
 @pytest.mark.slow
 def test_a_d_that_is_held_flat_gives_g_nothing(sets: Path, children: Children, tmp_path: Path) -> None:
-    found = trained(children, MANY, sets / "many", tmp_path, "--loss.r1_gamma", "100000", *SHORT)[1]
+    run, found, _ = trained(children, MANY, sets / "many", tmp_path, "--loss.r1_gamma", "100000", *SHORT)
     assert found == ["vanishing G"]
+    assert modes(run) == 0
 
 
 def train_with_a_dead_layer(config: str, run: str, *words: str) -> int:
@@ -342,11 +344,12 @@ def test_new_layers_that_draw_nothing_are_a_dead_fade(sets: Path, children: Chil
         *("--schedule.stable_kimg", "1.28", "--schedule.fade_kimg", "2.56", "--schedule.total_kimg", "3.08"),
         *("--optim.lr", "{4: 0.003, 16: 1.0e-9}"),
     )
-    _, found, log = trained(children, MANY, sets / "many", tmp_path, *words, program=train_with_a_dead_layer)
+    run, found, log = trained(children, MANY, sets / "many", tmp_path, *words, program=train_with_a_dead_layer)
     # In the end all of its pictures are as grey.
     assert set(found) in ({"dead fade"}, {"dead fade", "mode collapse"})
     row = next(row for row in log if row.get("warnings"))
     assert row["alpha"] == pytest.approx(0.7)  # The third tick from the middle on.
+    assert modes(run) == 0
 
 
 # The log
