@@ -295,9 +295,8 @@ def test_a_g_that_learns_too_fast_draws_one_picture_and_no_mode(
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["logistic", "relativistic"])
 def test_a_healthy_run_has_no_warning(loss: str, sets: Path, children: Children, tmp_path: Path) -> None:
-    run, found, log = trained(children, MANY, sets / "many", tmp_path, "--loss.kind", loss)
+    _, found, log = trained(children, MANY, sets / "many", tmp_path, "--loss.kind", loss)
     assert found == []
-    assert modes(run) > 0
     # All signs were there to be judged.
     keys = ("diversity_feature", "duplicates", "detail", "logit_seen", "logit_held_out", "sign_real", "grad_norm_g")
     assert not [key for key in keys for row in log if row[key] is None]
