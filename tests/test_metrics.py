@@ -212,7 +212,7 @@ def test_every_metric_equals_torch_fidelity_s_own_on_one_and_on_two_processes(
         feature_extractor_weights_path=str(weights),
     )  # fmt: skip
     cache = str(tmp_path / "cache")
-    # The second finds what the first kept of the reals. VGG16's 4096 features make matrices that take a minute each.
+    # The second finds what the first kept of the reals. A root of VGG16's matrices, 4096 x 4096, takes half a minute.
     for world in (2,) if name == "vgg16" else (2, 1):
         out = tmp_path / f"{world}.json"
         words = (*map(str, folders), name, str(weights), str(out))
