@@ -608,7 +608,7 @@ def read_config(parser: Parser, file: str | None, overrides: list[tuple[str, str
     if not all(parses(parser, half) for half in halves):
         found |= {index: wrong_type(*leaf) for index, leaf in known if not parses(parser, [leaf])}
     right = [leaf for index, leaf in known if index not in found]
-    namespace = parser.instantiate_classes(parser.parse_object(grown(right)))
+    namespace = parser.instantiate_classes(parser.parse_object(tree_of(right)))
     config = Config(**{name: namespace[name] for name in topics()})
     refuse([*(found[index] for index in sorted(found)), *problems(config)], file or "configuration")
     return config
@@ -621,13 +621,13 @@ Leaf = tuple[str, Any]
 def parses(parser: Parser, given: list[Leaf]) -> bool:
     """Whether all have the types that the configuration wants."""
     try:
-        parser.parse_object(grown(given))
+        parser.parse_object(tree_of(given))
     except (UserError, ArgumentError):
         return False
     return True
 
 
-def grown(given: list[Leaf]) -> dict[str, Any]:
+def tree_of(given: list[Leaf]) -> dict[str, Any]:
     """The tree of these leaves; of the same key the last one stays."""
     tree: dict[str, Any] = {}
     for key, value in dict(given).items():

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO, get_args
+from typing import Any, TextIO
 
 import torch
 
@@ -76,12 +76,13 @@ def with_values(config: Config, dataset: Dataset) -> Config:
 
 
 def begun_precision(folder: Path) -> Precision | None:
-    """What the run in a folder computes in; None where there is none, or none that can be read (`open_run` says so)."""
+    """What the run in a folder computes in, of what `precision: auto` may be: never fp16, which not every launch takes.
+    None where there is none, or none that can be read (`open_run` says so)."""
     try:
         found = read_yaml(folder / "config.yaml").get("precision")
     except UserError:
         return None
-    return found if found in get_args(Precision) else None
+    return found if found in ("float32", "bf16") else None
 
 
 def open_run(folder: Path, config: Config, dataset: Dataset, say: Callable[[str], None]) -> Path | None:

@@ -356,6 +356,15 @@ def test_auto_is_bf16_where_the_device_has_it_and_a_run_goes_on_in_what_it_began
     assert precision_of(run) == "bf16"
 
 
+def test_auto_does_not_go_on_in_fp16(tmp_path: Path, tiny: Path, children: Children) -> None:
+    run, words = str(tmp_path / "run"), ("--schedule.total_kimg", "0.016", "--precision")
+    code, output = children.run(tmp_path / "first", train, str(tiny), run, *words, "fp16")
+    assert code == 0, output
+    code, output = children.run(tmp_path / "second", on_a_device, True, str(tiny), run, *words, "auto")
+    assert code == 2, output
+    assert "precision: fp16 in the run, bf16 asked for" in output
+
+
 def test_auto_is_float32_where_the_device_has_no_bf16(
     reference: tuple[Path, Path], tmp_path: Path, children: Children
 ) -> None:

@@ -245,7 +245,7 @@ def _operations(act: Act) -> float:
 
 def _matmul_rate(engine: Engine, seconds: float) -> float:
     """Floating point operations a second of one large product of matrices, in the run's precision."""
-    emulated = engine.config.precision != "float32" and not engine.has_bf16  # That may take minutes for a product.
+    emulated = engine.config.precision != "float32" and not engine.has_bf16  # Else half a minute for each product.
     side = 8192 if engine.device.type == "cuda" else 256 if emulated else 2048
     # Random numbers: a GPU multiplies ones at less power, and so faster.
     a = torch.randn(side, side, device=engine.device).to(AUTOCAST[engine.config.precision] or torch.float32)
