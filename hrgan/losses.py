@@ -142,11 +142,12 @@ def finite_difference_norms(
     x: (N, C, H, W); clean: (N, 1) D(x), differentiable by the critic's parameters. scale: see input_gradient. Where x
     requires no gradient (ZeRO-3 lets nothing pass backwards twice), D(x) is computed once more for it.
 
-    The quotient is |grad D| + h/2 u'Hu + O(h^2), and what is held constant does not change its gradient by the
-    parameters, because |grad D| is the largest of the slopes: a bias of first order in h. (Leaky ReLU networks are
-    linear but at their kinks, of which a step crosses some.) A quotient along random noise has, squared, R1's
-    expectation, too, but its gradient by the parameters is noise: of a trained D at 64² 300 times as long as R1's
-    (docs/results), which no mean over a batch and no Adam takes out again.
+    The quotient is |grad D| + h/2 u'Hu + O(h^2), H the Hessian, and what is held constant does not change its gradient
+    by the parameters, because |grad D| is the largest of the slopes. A critic of leaky ReLUs must hold their slopes
+    between its calls (networks.layers.same_kinks): then H is 0 but for a minibatch's stddev, and the penalty and its
+    gradient are those of R1 to rounding. Where the step may cross kinks they are not, at any h: of a trained D at 64²
+    the gradient was 4 times as long, at a cosine of 0.03 (docs/results). A quotient along random noise has, squared,
+    R1's expectation, too, but a gradient that is noise, 300 times as long.
     """
     if x.requires_grad:
         gradient = _gradient(clean, x, scale, differentiable=False)

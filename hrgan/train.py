@@ -30,6 +30,7 @@ from hrgan.metrics.extractor import Extractor, feature_size, make_extractor, oth
 from hrgan.metrics.source import reference
 from hrgan.monitor.log import RunLog
 from hrgan.monitor.meter import Meter
+from hrgan.networks.layers import Kinks, same_kinks
 from hrgan.noise import draw, local_rows, pixel_noise
 from hrgan.pictures import to_float
 from hrgan.run import (
@@ -109,20 +110,22 @@ def d_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Ten
     """One update of D. Returns meter.D_VALUES: (8,) float32."""
     net, sums = engine.discriminator, torch.zeros(6, device=engine.device)
     with_slopes = takes_slopes(engine, config, now)
+    differs = bool(now.penalty) and config.loss.penalty == "finite_difference"
     for micro in micros:
+        kinks: Sides = ([], []) if differs else (None, None)
         with torch.no_grad():
             made = engine.generator.module(micro.z_d, micro.labels, now.alpha)
         plain = micro.real.detach().requires_grad_(with_slopes[0]), made.requires_grad_(with_slopes[1])
         real, fake = (twisted(engine, config, x, micro, place) for place, x in enumerate(plain))
         with engine.micro_step(net, last=micro is micros[-1]):
-            real_out, fake_out = judged(config, net, real, fake, micro.labels, now.alpha)
+            real_out, fake_out = judged(config, net, real, fake, micro.labels, now.alpha, kinks)
             real_logits, fake_logits = real_out[:, :1], fake_out[:, :1]
             loss = losses.adversarial_d(config.loss.kind, real_logits, fake_logits, config.loss.drift)
             loss = loss + classified(config, real_out, micro) + classified(config, fake_out, micro)
             penalty = torch.zeros_like(loss)
             if now.penalty:
                 with uncompiled(config):
-                    penalty = penalise(engine, config, micro, plain, (real_logits, fake_logits), now)
+                    penalty = penalise(engine, config, micro, plain, (real_logits, fake_logits), kinks, now)
                 loss = loss + now.penalty * penalty
             engine.backward(net, loss / len(micros))
         told = signs(config.loss.kind, real_logits, fake_logits)
@@ -157,14 +160,22 @@ def g_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Ten
     return torch.cat([sums, torch.stack([net.adam.norm, skipped])])
 
 
+Sides = tuple[Kinks | None, Kinks | None]
+"""Of the passes of D over reals and over fakes, where a penalty by finite differences needs them."""
+
+
 def judged(
-    config: Config, net: Net, real: Tensor, fake: Tensor, labels: Tensor | None, alpha: float
+    config: Config, net: Net, real: Tensor, fake: Tensor, labels: Tensor | None, alpha: float, kinks: Sides
 ) -> tuple[Tensor, Tensor]:
     """What D says of reals and fakes: in one call, where its family allows and its slope at neither is asked for."""
     slopes = real.requires_grad or fake.requires_grad
     if slopes or net.module.apart:
         with uncompiled(config) if slopes else nullcontext():
-            return net.wrapped(real, labels, alpha), net.wrapped(fake, labels, alpha)
+            with same_kinks(kinks[0]):
+                real_out = net.wrapped(real, labels, alpha)
+            with same_kinks(kinks[1]):
+                fake_out = net.wrapped(fake, labels, alpha)
+            return real_out, fake_out
     both = None if labels is None else torch.cat([labels, labels])
     real_out, fake_out = net.wrapped(torch.cat([real, fake]), both, alpha).chunk(2)
     return real_out, fake_out
@@ -209,28 +220,33 @@ def takes_slopes(engine: Engine, config: Config, now: Now) -> tuple[bool, bool]:
     return now.rates.r1_gamma > 0, now.rates.r2_gamma > 0
 
 
-def penalise(engine: Engine, config: Config, micro: Micro, images: Pair, logits: Pair, now: Now) -> Tensor:
+def penalise(
+    engine: Engine, config: Config, micro: Micro, images: Pair, logits: Pair, kinks: Sides, now: Now
+) -> Tensor:
     """The configured penalty at the pictures before they are augmented: D's slope through the augmentation, as in
-    R3GAN and StyleGAN2-ADA. logits: what D said of them. Where D is asked again, it is the bare one (see engine.py)."""
+    R3GAN and StyleGAN2-ADA. logits, kinks: what D said of them, and how. Where D is asked again, it is the bare one
+    (see engine.py)."""
     module, loss, scale = engine.discriminator.module, config.loss, engine.discriminator.adam.scale
 
-    def critic(x: Tensor, place: int = 0) -> Tensor:
-        of_x: Tensor = module(twisted(engine, config, x, micro, place), micro.labels, now.alpha)[:, :1]
+    def critic(x: Tensor, around: Kinks | None = None, place: int = 0) -> Tensor:
+        with same_kinks(around):
+            of_x: Tensor = module(twisted(engine, config, x, micro, place), micro.labels, now.alpha)[:, :1]
         return of_x
 
-    def quotient(x: Tensor, of_x: Tensor, place: int = 0) -> Tensor:
-        return losses.finite_difference_norms(partial(critic, place=place), x, of_x, loss.fd_sigma, scale)
+    def quotient(x: Tensor, of_x: Tensor, around: Kinks | None, place: int = 0) -> Tensor:
+        of_pictures = partial(critic, around=around, place=place)
+        return losses.finite_difference_norms(of_pictures, x, of_x, loss.fd_sigma, scale)
 
     exact = loss.penalty == "exact"
     if loss.kind == "wgan-gp":
-        x = torch.lerp(*images, micro.mix).detach().requires_grad_(engine.zero_stage != 3)
-        norms = losses.exact_squares(critic(x), x, scale).sqrt() if exact else quotient(x, critic(x))
+        x, here = torch.lerp(*images, micro.mix).detach().requires_grad_(engine.zero_stage != 3), Kinks()
+        norms = losses.exact_squares(critic(x), x, scale).sqrt() if exact else quotient(x, critic(x, here), here)
         return losses.gradient_penalty(norms, loss.gp_lambda, loss.gp_target)
     total = images[0].new_zeros(())
     gammas = (now.rates.r1_gamma, now.rates.r2_gamma)
-    for place, (x, of_x, gamma) in enumerate(zip(images, logits, gammas, strict=True)):
+    for place, (x, of_x, around, gamma) in enumerate(zip(images, logits, kinks, gammas, strict=True)):
         if gamma:
-            squares = losses.exact_squares(of_x, x, scale) if exact else quotient(x, of_x, place).square()
+            squares = losses.exact_squares(of_x, x, scale) if exact else quotient(x, of_x, around, place).square()
             total = total + losses.r1_penalty(squares, gamma)
     return total
 

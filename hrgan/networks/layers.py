@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -203,23 +204,55 @@ def pixel_norm(x: Tensor) -> Tensor:
 
 
 class _LeakyReLU(torch.autograd.Function):
-    """Written out for its second derivative, which is nothing: torch's own adds up zeros."""
+    """x times 1 or 0.2, as `side` is above zero or not. Written out for its second derivative, which is nothing:
+    torch's own adds up zeros."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return F.leaky_relu(x, LRELU_SLOPE)
+    def forward(ctx: Any, x: Tensor, side: Tensor) -> Tensor:
+        ctx.save_for_backward(side)
+        return F.leaky_relu(x, LRELU_SLOPE) if side is x else _sided(x, side)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        return torch.ops.aten.leaky_relu_backward(gradient, x.detach(), LRELU_SLOPE, False)
+        (side,) = ctx.saved_tensors
+        return _sided(gradient, side.detach()), None
+
+
+def _sided(x: Tensor, side: Tensor) -> Tensor:
+    y: Tensor = torch.ops.aten.leaky_relu_backward(x, side, LRELU_SLOPE, False)
+    return y
 
 
 def lrelu(x: Tensor) -> Tensor:
-    """Leaky ReLU of slope 0.2."""
-    y: Tensor = _LeakyReLU.apply(x)
+    """Leaky ReLU of slope 0.2; inside of same_kinks, with the slopes of another pass."""
+    y: Tensor = _LeakyReLU.apply(x, x if _side_of is None else _side_of(x))
     return y
+
+
+Kinks = list[Tensor]
+"""What the leaky ReLUs of one pass of a network were given, in their order."""
+_side_of: Callable[[Tensor], Tensor] | None = None
+
+
+@contextmanager
+def same_kinks(kinks: Kinks | None) -> Iterator[None]:
+    """The pass inside fills an empty list; with one that is filled, each leaky ReLU inside has, everywhere, the slope
+    that it had in that pass. Of a network whose only nonlinearity they are this makes the linear function that it is
+    around the first pass's pictures. None: as without. Costs no memory: backward keeps these tensors anyway."""
+    global _side_of
+    before, noted = _side_of, iter(kinks or ())
+
+    def note(x: Tensor) -> Tensor:
+        assert kinks is not None
+        kinks.append(x.detach())
+        return x
+
+    if kinks is not None:
+        _side_of = (lambda _: next(noted)) if kinks else note
+    try:
+        yield
+    finally:
+        _side_of = before
 
 
 def minibatch_stddev(x: Tensor) -> Tensor:
