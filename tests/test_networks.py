@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -177,3 +178,25 @@ def test_a_leaky_relu_s_derivatives_are_torch_s() -> None:
     assert torch.equal(L.lrelu(x), F.leaky_relu(x, 0.2))
     assert torch.autograd.gradcheck(L.lrelu, x)
     assert torch.autograd.gradgradcheck(L.lrelu, x)
+
+
+def test_a_network_whose_kinks_are_held_is_linear() -> None:
+    torch.manual_seed(0)
+    network = NetworkConfig(resolution=8, latent=8, widths=[8, 8], family="r3", group_size=4)
+    critic = make_discriminator(replace(SMALL, network=network), 8, True, None).double()
+    for parameter in critic.parameters():  # What begins as zero, too.
+        torch.nn.init.normal_(parameter)
+    x, step = torch.randn(2, 4, 3, 8, 8, dtype=torch.float64)
+    kinks: L.Kinks = []
+    with L.same_kinks(kinks):
+        here = critic(x, None, 0.5)
+    with L.same_kinks(kinks):
+        ahead = critic(x + step, None, 0.5)
+    with L.same_kinks(kinks):
+        twice = critic(x + 2 * step, None, 0.5)
+    torch.testing.assert_close(twice - here, 2 * (ahead - here), rtol=1e-9, atol=1e-9)
+    free = critic(x + 2 * step, None, 0.5)  # Outside, they are where they are.
+    assert ((free - twice).abs() > 0.01 * twice.abs()).all()
+    with pytest.raises(StopIteration), L.same_kinks(kinks):
+        critic(x, None, 0.5), critic(x, None, 0.5)
+    assert torch.equal(critic(x, None, 0.5), here)
