@@ -110,7 +110,7 @@ def d_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Ten
     """One update of D. Returns meter.D_VALUES: (8,) float32."""
     net, sums = engine.discriminator, torch.zeros(6, device=engine.device)
     with_slopes = takes_slopes(engine, config, now)
-    differs = bool(now.penalty) and config.loss.penalty == "finite_difference"
+    differs = now.penalty and config.loss.penalty == "finite_difference" and config.loss.kind != "wgan-gp"
     for micro in micros:
         kinks: Sides = ([], []) if differs else (None, None)
         with torch.no_grad():
@@ -167,10 +167,11 @@ Sides = tuple[Kinks | None, Kinks | None]
 def judged(
     config: Config, net: Net, real: Tensor, fake: Tensor, labels: Tensor | None, alpha: float, kinks: Sides
 ) -> tuple[Tensor, Tensor]:
-    """What D says of reals and fakes: in one call, where its family allows and its slope at neither is asked for."""
-    slopes = real.requires_grad or fake.requires_grad
-    if slopes or net.module.apart:
-        with uncompiled(config) if slopes else nullcontext():
+    """What D says of reals and fakes: in one call, where its family allows and neither its slope nor its kinks at them
+    are asked for."""
+    alone = real.requires_grad or fake.requires_grad or kinks != (None, None)
+    if alone or net.module.apart:
+        with uncompiled(config) if alone else nullcontext():
             with same_kinks(kinks[0]):
                 real_out = net.wrapped(real, labels, alpha)
             with same_kinks(kinks[1]):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -83,8 +84,10 @@ def test_compiled_networks_train_like_those_that_are_not(name: str, monkeypatch:
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: written(module, backend=backend))
     plain, values, _ = trained(STEPS[name], 3)
     assert not graphs
+    counters["graph_break"].clear()
     compiled, close_values, _ = trained(replace(STEPS[name], compile=True), 3)
     assert len(graphs) >= 3  # D, and G with and without a gradient.
+    assert not counters["graph_break"], "compiled in pieces"
     torch.testing.assert_close(close_values, values, rtol=1e-3, atol=1e-4)
     for key, tensor in compiled.items():
         torch.testing.assert_close(tensor, plain[key], rtol=1e-3, atol=1e-4)

@@ -88,7 +88,9 @@ STEPS = {
         ramp=RampConfig(kimg=1.0, lr=0.5, gamma=0.1, beta2=0.9, ema_kimg=1.0),
     ),
     "finite difference": replace(
-        SMALL, loss=LossConfig(kind="hinge", r2_gamma=1.0, r1_every=2, penalty="finite_difference")
+        SMALL,
+        loss=LossConfig(kind="hinge", r2_gamma=1.0, r1_every=2, penalty="finite_difference"),
+        optim=OptimConfig(eps=1e-4),  # R1 has no gradient by biases, and differences have rounding.
     ),
     "dcgan": replace(
         SMALL,
@@ -173,7 +175,7 @@ def test_a_penalty_s_gradient_is_its_definition_s(
     if penalty == "finite_difference":
         found, expected = ({"all": torch.cat([g.flatten() for g in of.values()])} for of in (found, expected))
         # r3's D is linear between its kinks; the others' minibatch stddev bends.
-        assert (found["all"] - expected["all"]).norm() < (1e-5 if family == "r3" else 0.03) * expected["all"].norm()
+        assert (found["all"] - expected["all"]).norm() < (1e-5 if family == "r3" else 0.02) * expected["all"].norm()
         return
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-7)
@@ -216,6 +218,20 @@ def test_wgan_gp_looks_between_real_and_fake(penalty: Any) -> None:
     found = penalise(engine, config, micro, (micro.real, fake), (nothing, nothing), (None, None), now)
     norms = (micro.real + micro.mix * (fake - micro.real)).flatten(1).norm(dim=1)
     torch.testing.assert_close(found, 10 * (norms - 1).square().mean(), rtol=2e-3, atol=0)
+
+
+def test_wgan_gp_by_finite_differences_has_the_exact_one_s_gradient() -> None:
+    exact = replace(SMALL, precision="float32")
+    engine = stepper(exact)(112)
+    micro = prepare_step(engine, exact, engine.phase, 128, torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8))[0]
+    now, sides = moment(exact, engine.phase, 128), (micro.real, torch.randn_like(micro.real))
+    nothing = torch.zeros(8, 1)
+    gradients = []
+    for config in (exact, replace(exact, loss=replace(exact.loss, penalty="finite_difference"))):
+        penalty = penalise(engine, config, micro, sides, (nothing, nothing), (None, None), now)
+        found = torch.autograd.grad(penalty, list(engine.discriminator.module.parameters()), materialize_grads=True)
+        gradients.append(torch.cat([g.flatten() for g in found]))
+    assert (gradients[1] - gradients[0]).norm() < 0.02 * gradients[0].norm()
 
 
 def _gradients(network: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:

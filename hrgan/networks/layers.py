@@ -204,13 +204,13 @@ def pixel_norm(x: Tensor) -> Tensor:
 
 
 class _LeakyReLU(torch.autograd.Function):
-    """x times 1 or 0.2, as `side` is above zero or not. Written out for its second derivative, which is nothing:
-    torch's own adds up zeros."""
+    """x times 1 or 0.2, as `side`, or x itself, is above zero or not. Written out for its second derivative, which is
+    nothing: torch's own adds up zeros."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, side: Tensor) -> Tensor:
-        ctx.save_for_backward(side)
-        return F.leaky_relu(x, LRELU_SLOPE) if side is x else _sided(x, side)
+    def forward(ctx: Any, x: Tensor, side: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if side is None else side)
+        return F.leaky_relu(x, LRELU_SLOPE) if side is None else _sided(x, side)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -225,27 +225,26 @@ def _sided(x: Tensor, side: Tensor) -> Tensor:
 
 def lrelu(x: Tensor) -> Tensor:
     """Leaky ReLU of slope 0.2; inside of same_kinks, with the slopes of another pass."""
-    y: Tensor = _LeakyReLU.apply(x, x if _side_of is None else _side_of(x))
+    y: Tensor = _LeakyReLU.apply(x, None if _side_of is None else _side_of(x))
     return y
 
 
 Kinks = list[Tensor]
 """What the leaky ReLUs of one pass of a network were given, in their order."""
-_side_of: Callable[[Tensor], Tensor] | None = None
+_side_of: Callable[[Tensor], Tensor | None] | None = None
 
 
 @contextmanager
 def same_kinks(kinks: Kinks | None) -> Iterator[None]:
     """The pass inside fills an empty list; with one that is filled, each leaky ReLU inside has, everywhere, the slope
     that it had in that pass. Of a network whose only nonlinearity they are this makes the linear function that it is
-    around the first pass's pictures. None: as without. Costs no memory: backward keeps these tensors anyway."""
+    around the first pass's pictures. None changes nothing."""
     global _side_of
     before, noted = _side_of, iter(kinks or ())
 
-    def note(x: Tensor) -> Tensor:
+    def note(x: Tensor) -> None:
         assert kinks is not None
-        kinks.append(x.detach())
-        return x
+        kinks.append(x.detach())  # Backward keeps it anyway.
 
     if kinks is not None:
         _side_of = (lambda _: next(noted)) if kinks else note
