@@ -145,9 +145,9 @@ class LossConfig:
     penalty: Literal["exact", "finite_difference"] = "exact"
     """How gradient norms are computed: exact (double backward), or from the difference of D a step along its gradient,
     its leaky ReLUs' slopes held, which ZeRO-3 needs (losses.finite_difference_norms says how near it comes)."""
-    fd_sigma: float = 0.1
-    """Root mean square of finite_difference's step, in units of pixels from -1 to 1: large, because D is linear along
-    it, and rounding is divided by it."""
+    fd_sigma: float = 0.03
+    """Root mean square of finite_difference's step, in units of pixels from -1 to 1. D is linear along it but for a
+    minibatch's stddev, and rounding is divided by it."""
     path_weight: float = 0.0
     """Weight of style's path-length regularisation (2 in Karras et al. 2020, arXiv 1912.04958); 0: none."""
     path_every: int = 4

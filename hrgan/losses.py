@@ -144,10 +144,11 @@ def finite_difference_norms(
 
     The quotient is |grad D| + h/2 u'Hu + O(h^2), H the Hessian, and what is held constant does not change its gradient
     by the parameters, because |grad D| is the largest of the slopes. A critic of leaky ReLUs must hold their slopes
-    between its calls (networks.layers.same_kinks): then H is 0, and the penalty and its gradient are R1's to rounding;
-    to a few percent with a minibatch's stddev, which bends and mixes pictures. Where the step may cross kinks they are
-    not, at any h: of a trained D at 64² the gradient was 4 times as long, at a cosine of 0.03 (docs/results). A
-    quotient along random noise has, squared, R1's expectation, too, but a gradient that is noise, 300 times as long.
+    between its calls (networks.layers.same_kinks): then H is 0, and the penalty and its gradient are R1's to rounding.
+    With a minibatch's stddev, which bends and mixes pictures, they are near: of progan's trained D at 64² the gradient
+    had a cosine of 0.98 with R1's and 0.89 of its length. Where the step may cross kinks they are not, at any h: it was
+    4 times as long, at a cosine of 0.03 (docs/results). A quotient along random noise has, squared, R1's expectation,
+    too, but a gradient that is noise, 300 times as long.
     """
     if x.requires_grad:
         gradient = _gradient(clean, x, scale, differentiable=False)
