@@ -90,7 +90,8 @@ def configuration(loss: str, precision: Any, micros: int, world: int) -> Config:
     settings, network, twisting = FAMILIES.get(loss) or (LOSSES[loss], {}, AugmentConfig())
     whole = loss == "dcgan"
     # DeepSpeed's weights are contiguous, and bf16 rounds otherwise in each layout on a CPU without AMX.
-    network = {"channels_last": precision == "float32"} | network
+    alike = precision == "float32" or torch.cpu.get_capabilities().get("amx_bf16", False)
+    network = {"channels_last": alike} | network
     # With Adam's usual epsilon a gradient that is zero but for rounding moves a weight by a whole learning rate.
     return Config(
         network=NetworkConfig(**{"resolution": 32 if whole else 16, "latent": 8, "widths": [8] * 4} | network),  # type: ignore[arg-type]
