@@ -35,7 +35,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,sched_min_interval=1,bf_interval=1
 JobAcctGatherType=jobacct_gather/none
-ReturnToService=2
+ReturnToService=1
 MpiDefault=none
 JobRequeue=1
 PreemptType=preempt/partition_prio
@@ -43,7 +43,8 @@ PreemptMode=REQUEUE
 PartitionName=main Nodes={nodes} Default=YES MaxTime=60 PriorityTier=1 GraceTime=25
 PartitionName=urgent Nodes={nodes} MaxTime=60 PriorityTier=2
 """
-# cred_expire is also how long a requeued job is held, 120 s by default.
+# cred_expire is also how long a requeued job is held, 120 s by default. With ReturnToService=2 a node that a test sets
+# DOWN is back with its daemon's next answer, milliseconds later, and a requeued job may begin while the node ends it.
 
 
 class Cluster:
