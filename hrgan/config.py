@@ -143,11 +143,10 @@ class LossConfig:
     r1_every: int = 16
     """Steps between two R1 and R2 penalties; they are weighted by this number."""
     penalty: Literal["exact", "finite_difference"] = "exact"
-    """How gradient norms are computed: exact (double backward), or from the difference of D a step along its gradient,
-    its leaky ReLUs' slopes held, which ZeRO-3 needs (losses.finite_difference_norms says how near it comes)."""
-    fd_sigma: float = 0.03
-    """Root mean square of finite_difference's step, in units of pixels from -1 to 1. D is linear along it but for a
-    minibatch's stddev, and rounding is divided by it."""
+    """How a penalty's gradient is computed: exact (double backward), or from the difference of D a step ahead, with its
+    kinks held, which ZeRO-3 needs (losses.finite_difference_penalty). Both are the same to rounding."""
+    fd_sigma: float = 0.1
+    """Root mean square of finite_difference's step, in units of pixels from -1 to 1: rounding is divided by it."""
     path_weight: float = 0.0
     """Weight of style's path-length regularisation (2 in Karras et al. 2020, arXiv 1912.04958); 0: none."""
     path_every: int = 4

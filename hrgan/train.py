@@ -234,21 +234,22 @@ def penalise(
             of_x: Tensor = module(twisted(engine, config, x, micro, place), micro.labels, now.alpha)[:, :1]
         return of_x
 
-    def quotient(x: Tensor, of_x: Tensor, around: Kinks | None, place: int = 0) -> Tensor:
+    def penalised(penalty: losses.Penalty, x: Tensor, of_x: Tensor, around: Kinks | None, place: int = 0) -> Tensor:
+        if loss.penalty == "exact":
+            return losses.exact_penalty(penalty, of_x, x, scale)
         of_pictures = partial(critic, around=around, place=place)
-        return losses.finite_difference_norms(of_pictures, x, of_x, loss.fd_sigma, scale)
+        return losses.finite_difference_penalty(penalty, of_pictures, x, of_x, loss.fd_sigma, scale)
 
-    exact = loss.penalty == "exact"
     if loss.kind == "wgan-gp":
-        x, here = torch.lerp(*images, micro.mix).detach().requires_grad_(engine.zero_stage != 3), Kinks()
-        norms = losses.exact_squares(critic(x), x, scale).sqrt() if exact else quotient(x, critic(x, here), here)
-        return losses.gradient_penalty(norms, loss.gp_lambda, loss.gp_target)
+        x = torch.lerp(*images, micro.mix).detach().requires_grad_(engine.zero_stage != 3)
+        around = None if loss.penalty == "exact" else Kinks()
+        to_target = partial(losses.gradient_penalty, weight=loss.gp_lambda, target=loss.gp_target)
+        return penalised(to_target, x, critic(x, around), around)
     total = images[0].new_zeros(())
     gammas = (now.rates.r1_gamma, now.rates.r2_gamma)
     for place, (x, of_x, around, gamma) in enumerate(zip(images, logits, kinks, gammas, strict=True)):
         if gamma:
-            squares = losses.exact_squares(of_x, x, scale) if exact else quotient(x, of_x, around, place).square()
-            total = total + losses.r1_penalty(squares, gamma)
+            total = total + penalised(partial(losses.r1_penalty, gamma=gamma), x, of_x, around, place)
     return total
 
 

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -308,8 +309,8 @@ def d_step_with_two_backwards(engine: Engine, config: Config, micros: list[Any],
         loss = loop.losses.adversarial_d(config.loss.kind, real_logits, fake_logits, config.loss.drift)
         engine.backward(net, loss)
         x = micro.real.detach().requires_grad_()
-        squares = loop.losses.exact_squares(net.module(x, None, now.alpha), x)
-        penalty = loop.losses.r1_penalty(squares, now.rates.r1_gamma)
+        definition = partial(loop.losses.r1_penalty, gamma=now.rates.r1_gamma)
+        penalty = loop.losses.exact_penalty(definition, net.module(x, None, now.alpha), x)
         engine.backward(net, now.penalty * penalty)
     skipped = engine.update(net, loss)
     return torch.stack([loss, loss, loss, penalty, loss, loss, net.adam.norm, skipped]).detach()

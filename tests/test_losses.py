@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,11 +22,12 @@ def linear(weight: torch.Tensor) -> losses.Critic:
 
 def r1(critic: losses.Critic, images: torch.Tensor, gamma: float, scale: torch.Tensor | None = None) -> torch.Tensor:
     x = images.detach().requires_grad_()
-    return losses.r1_penalty(losses.exact_squares(critic(x), x, scale), gamma)
+    return losses.exact_penalty(partial(losses.r1_penalty, gamma=gamma), critic(x), x, scale)
 
 
 def quotient_r1(critic: losses.Critic, x: torch.Tensor, sigma: float, gamma: float) -> torch.Tensor:
-    return losses.r1_penalty(losses.finite_difference_norms(critic, x, critic(x), sigma).square(), gamma)
+    penalty = partial(losses.r1_penalty, gamma=gamma)
+    return losses.finite_difference_penalty(penalty, critic, x, critic(x), sigma)
 
 
 def test_wasserstein_losses_and_their_gradients() -> None:
@@ -119,9 +123,11 @@ def test_path_lengths_of_a_linear_generator() -> None:
 def test_gradient_penalty_of_a_linear_critic(exact: bool) -> None:
     weight, x = W.clone().requires_grad_(True), REAL.clone().requires_grad_(exact)
     critic = linear(weight)
-    of_x = critic(x)
-    norms = losses.exact_squares(of_x, x).sqrt() if exact else losses.finite_difference_norms(critic, x, of_x, 0.01)
-    penalty = losses.gradient_penalty(norms, weight=10.0, target=2.0)
+    of_x, definition = critic(x), partial(losses.gradient_penalty, weight=10.0, target=2.0)
+    if exact:
+        penalty = losses.exact_penalty(definition, of_x, x)
+    else:
+        penalty = losses.finite_difference_penalty(definition, critic, x, of_x, 0.01)
     torch.testing.assert_close(penalty, 10 / 4 * (W.norm() - 2) ** 2)
     penalty.backward()
     torch.testing.assert_close(weight.grad, 10 / 4 * 2 * (W.norm() - 2) * W / W.norm())
@@ -155,24 +161,30 @@ def test_a_scaled_inner_gradient_is_the_same_and_survives_half_precision() -> No
 
 
 def test_finite_differences_of_a_linear_critic_are_r1_with_its_gradient() -> None:
-    """Its gradient is w everywhere and its Hessian 0."""
+    """Also where one picture's logit hangs on another's pixels, and the pictures' slopes differ."""
     images, weight = torch.randn(8, 3, 4, 4, dtype=torch.float64), W.clone().requires_grad_(True)
-    critic = linear(weight)
+    shares = torch.randn(8, 8, dtype=torch.float64)
+    critic = lambda x: shares @ (x.flatten(1) @ weight).view(-1, 1)  # noqa: E731
     penalty = quotient_r1(critic, images, 0.01, gamma=3.0)
     penalty.backward()
-    assert penalty.item() == pytest.approx((3 / 2 * W.square().sum()).item(), rel=1e-9)
-    torch.testing.assert_close(weight.grad, 3 * W, rtol=1e-9, atol=1e-12)
+    each = shares.sum(0).square().mean()
+    assert penalty.item() == pytest.approx((3 / 2 * each * W.square().sum()).item(), rel=1e-9)
+    torch.testing.assert_close(weight.grad, 3 * each * W, rtol=1e-9, atol=1e-12)
 
 
 def test_the_bias_of_finite_differences_is_as_stated() -> None:
-    """D(x) = s |x|^2 / 2: gradient s x, Hessian s I, so the quotient is |s x| + h s / 2."""
-    s = 0.7
+    """D(x) = s |x|^2 / 2: gradients g = s x, v = g / N, slope along v of the sum: s x . v + h s |v|^2 / 2."""
     for sigma in (0.01, 0.1):
-        critic = lambda x: s * x.square().flatten(1).sum(1, keepdim=True) / 2  # noqa: E731
-        step = sigma * REAL[0].numel() ** 0.5
-        slopes = s * REAL.flatten(1).norm(dim=1) + step * s / 2
-        found = 2 * quotient_r1(critic, REAL, sigma, 1.0)
-        torch.testing.assert_close(found, slopes.square().mean(), rtol=1e-9, atol=0)
+        s = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+        critic = lambda x: s * x.square().flatten(1).sum(1, keepdim=True) / 2  # noqa: B023, E731
+        found = quotient_r1(critic, REAL, sigma, 1.0)
+        squares = REAL.square().sum()
+        torch.testing.assert_close(found, s.square() / 2 * squares / len(REAL), rtol=1e-9, atol=0)
+        found.backward()
+        assert s.grad is not None
+        v = s.detach() * REAL / len(REAL)
+        h = sigma * REAL.numel() ** 0.5 / v.norm()
+        torch.testing.assert_close(s.grad, (REAL * v).sum() + h * v.square().sum() / 2, rtol=1e-9, atol=0)
 
 
 def test_finite_differences_approach_exact_r1_and_its_gradient_on_a_smooth_network() -> None:
@@ -195,10 +207,16 @@ def test_finite_differences_approach_exact_r1_and_its_gradient_on_a_smooth_netwo
     assert apart[1] < apart[0] / 50  # Of first order.
 
 
-def test_finite_differences_where_a_critic_is_flat_are_nothing() -> None:
-    weight = torch.zeros(1, requires_grad=True)
+@pytest.mark.parametrize("definition", [losses.r1_penalty, losses.gradient_penalty])
+@pytest.mark.parametrize("exact", [True, False])
+def test_where_a_critic_is_flat_a_penalty_s_gradient_is_nothing(exact: bool, definition: Any) -> None:
+    numbers = {"gamma": 1.0} if definition is losses.r1_penalty else {"weight": 1.0, "target": 2.0}
+    weight, x = torch.zeros(1, requires_grad=True), REAL.float().requires_grad_()
     critic = lambda x: x.flatten(1).sum(1, keepdim=True) * weight  # noqa: E731
-    penalty = quotient_r1(critic, REAL.float(), 0.01, 1.0)
+    if exact:
+        penalty = losses.exact_penalty(partial(definition, **numbers), critic(x), x)
+    else:
+        penalty = losses.finite_difference_penalty(partial(definition, **numbers), critic, x, critic(x), 0.01)
     penalty.backward()
-    assert penalty == 0
-    assert weight.grad.isfinite().all()
+    assert penalty == (0 if definition is losses.r1_penalty else 1)
+    assert weight.grad == 0

@@ -18,6 +18,7 @@ from hrgan.networks.layers import (
     ClassEmbedding,
     at_least_float32,
     downsample,
+    earlier_input,
     joined,
     layout,
     logits_per_image,
@@ -51,11 +52,13 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            numbers = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            numbers = at_least_float32(x)
             if not self.training:
                 running = (self.running_mean, self.running_var)
                 y = F.batch_norm(numbers, *running, self.weight, self.bias, eps=EPSILON)
-            elif dist.is_initialized() and dist.get_world_size() > 1:
+            elif (earlier := earlier_input(x)) is not None:
+                y = self._touching(numbers, at_least_float32(earlier))
+            elif _processes() > 1:
                 y, mean, variance = self._over_processes(numbers)
                 self._follow(mean, variance)
             else:
@@ -70,14 +73,23 @@ class BatchNorm(nn.Module):
         The variance is of what the mean is taken off: from sums of squares alone, features far from zero would lose it
         to rounding.
         """
-        axes, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
-        world = dist.get_world_size()
-        mean = all_reduce(x.mean(axes)) / world  # type: ignore[no-untyped-call]  # differentiable, unlike dist's own
-        x = x - mean.view(shape)
-        variance = all_reduce(x.square().mean(axes)) / world  # type: ignore[no-untyped-call]
-        y = x * (self.weight * (variance + EPSILON).rsqrt()).view(shape) + self.bias.view(shape)
-        count = x.numel() // x.shape[1] * world
-        return y, mean, variance * (count / (count - 1))
+        mean = _mean(x)
+        x = x - mean
+        variance = _mean(x.square())
+        y = self._scaled(x * (variance + EPSILON).rsqrt())
+        count = x.numel() // x.shape[1] * _processes()
+        return y, mean.flatten(), variance.flatten() * (count / (count - 1))
+
+    def _touching(self, x: Tensor, earlier: Tensor) -> Tensor:
+        """The linear function of x that touches batch normalisation where x is `earlier`."""
+        apart = earlier - _mean(earlier)
+        inverse = (_mean(apart.square()) + EPSILON).rsqrt()
+        unit, moved = apart * inverse, (x - earlier) * inverse
+        return self._scaled(unit + moved - _mean(moved) - unit * _mean(unit * moved))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        shape = [1, -1, *[1] * (x.dim() - 2)]
+        return x * self.weight.view(shape) + self.bias.view(shape)
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, variance: Tensor) -> None:
@@ -85,6 +97,19 @@ class BatchNorm(nn.Module):
         behind here either."""
         for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
             running.lerp_(torch.where(batch.isfinite(), batch, running), MOMENTUM)
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _mean(x: Tensor) -> Tensor:
+    """(N, C, ...) -> (1, C, ...) means over all processes."""
+    mean = x.mean([0, *range(2, x.dim())], keepdim=True)
+    if _processes() == 1:
+        return mean
+    total: Tensor = all_reduce(mean)  # type: ignore[no-untyped-call]  # differentiable, unlike dist's own
+    return total / _processes()
 
 
 MOMENTUM = 0.1

@@ -225,44 +225,51 @@ def _sided(x: Tensor, side: Tensor) -> Tensor:
 
 def lrelu(x: Tensor) -> Tensor:
     """Leaky ReLU of slope 0.2; inside of same_kinks, with the slopes of another pass."""
-    y: Tensor = _LeakyReLU.apply(x, None if _side_of is None else _side_of(x))
+    side = earlier_input(x)
+    y: Tensor = _LeakyReLU.apply(x, None if side is None else side.detach())
     return y
 
 
 Kinks = list[Tensor]
-"""What the leaky ReLUs of one pass of a network were given, in their order."""
-_side_of: Callable[[Tensor], Tensor | None] | None = None
+"""What the layers that are not linear were given in one pass of a network, in their order."""
+_earlier: Callable[[Tensor], Tensor | None] = lambda x: None  # noqa: E731
+
+
+def earlier_input(x: Tensor) -> Tensor | None:
+    """What a layer that is not linear was given in the pass whose kinks are held; None where none are. x: what it is
+    given now. Each such layer calls it once in a pass."""
+    return _earlier(x)
 
 
 @contextmanager
 def same_kinks(kinks: Kinks | None) -> Iterator[None]:
     """The pass inside fills an empty list; with one that is filled, each leaky ReLU inside has, everywhere, the slope
-    that it had in that pass. Of a network whose only nonlinearity they are this makes the linear function that it is
-    around the first pass's pictures. None changes nothing."""
-    global _side_of
-    before, noted = _side_of, iter(kinks or ())
-
-    def note(x: Tensor) -> None:
-        assert kinks is not None
-        kinks.append(x.detach())  # Backward keeps it anyway.
-
+    that it had in that pass, and what uses a batch's statistics is the linear function that touches it there. Of a
+    discriminator this makes its linear approximation around the first pass's pictures. None changes nothing."""
+    global _earlier
+    before, noted = _earlier, iter(kinks or ())
     if kinks is not None:
-        _side_of = (lambda _: next(noted)) if kinks else note
+        _earlier = (lambda x: next(noted)) if kinks else kinks.append  # Backward keeps them anyway.
     try:
         yield
     finally:
-        _side_of = before
+        _earlier = before
 
 
 def minibatch_stddev(x: Tensor) -> Tensor:
     """x: (N, C, H, W) -> (N, C + 1, H, W), N a multiple of 4: adds the mean standard deviation over each chunk of 4
     consecutive samples.
 
-    Computed in float32. Groups are chunks, so the result does not depend on how a batch is dealt over processes.
+    Computed at least in float32. Groups are chunks, so that the result does not depend on how a batch is dealt over
+    processes.
     """
     n, c, h, w = x.shape
-    groups = x.float().view(n // CHUNK, CHUNK, c, h, w)
-    spread = (groups - groups.mean(1, keepdim=True)).square().mean(1).add(1e-8).sqrt()  # (N/4, C, H, W)
+    earlier = earlier_input(x)
+    groups = at_least_float32(x if earlier is None else earlier).view(n // CHUNK, CHUNK, c, h, w)
+    apart = groups - groups.mean(1, keepdim=True)
+    spread = apart.square().mean(1).add(1e-8).sqrt()  # (N/4, C, H, W)
+    if earlier is not None:
+        spread = spread + (apart * (at_least_float32(x).view_as(groups) - groups)).mean(1) / spread
     feature = spread.mean((1, 2, 3)).repeat_interleave(CHUNK).view(n, 1, 1, 1).expand(n, 1, h, w)
     return torch.cat([x, feature.to(x.dtype)], dim=1)
 
