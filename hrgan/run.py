@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,6 +31,7 @@ from hrgan.metrics.source import reference
 from hrgan.monitor.health import unsaid, warnings
 from hrgan.monitor.log import RunLog, eta, read_rows, summary
 from hrgan.monitor.meter import Meter
+from hrgan.networks import multiplications
 from hrgan.noise import latents
 from hrgan.pictures import grid_side, save_png, side_by_side, tile, to_array, to_float, to_uint8
 from hrgan.schedule import Due, Phase, Schedule, rates, what_is_due
@@ -237,7 +239,8 @@ def end_tick(run: Run, phase: Phase, nimg: int, *, hurried: bool = False) -> Non
             "data_wait_ranks": [round(wait, 4) for wait in waits],
         }
         row |= warn_of_sickness(run, run.log, row)
-        run.log.tick(row, phase.fading, config.schedule.total_kimg, eta(run.schedule, phase, nimg, run.speeds))
+        left = eta(run.schedule, phase, nimg, run.speeds, partial(multiplications, config))
+        run.log.tick(row, phase.fading, config.schedule.total_kimg, left)
     if in_a_row > config.optim.max_skipped:
         raise Diverged(
             f"{in_a_row} steps in a row had non-finite losses or gradients (limit optim.max_skipped "

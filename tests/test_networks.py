@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from hrgan.config import Config, NetworkConfig
 from hrgan.networks import layers as L
-from hrgan.networks import make_discriminator, make_generator
+from hrgan.networks import make_discriminator, make_generator, multiplications
 from hrgan.networks.layers import sizes, width
 from hrgan.networks.progan import Discriminator, Generator
 
@@ -27,6 +28,19 @@ def test_parameter_counts_are_the_paper_s(family: type[torch.nn.Module], total: 
     largest = sum(p.numel() for p in networks[-1].parameters())
     other_rgb = sum(p.numel() for network in networks[:-1] for name, p in network.named_parameters() if "rgb" in name)
     assert largest + other_rgb == total
+
+
+@pytest.mark.parametrize("family", ["dcgan", "progan", "style", "r3"])
+def test_what_a_picture_costs_grows_as_torch_counts_it(family: str) -> None:
+    network = NetworkConfig(resolution=32, latent=32, widths=[32, 32, 32, 16], family=family, mapping_layers=2)
+    config, counted, told = replace(SMALL, network=network), [], []
+    for size in (16, 32):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            images = make_generator(config, size, False, None)(torch.randn(4, 32), None, 1.0)
+            make_discriminator(config, size, False, None)(images, None, 1.0)
+        counted.append(counter.get_total_flops())
+        told.append(multiplications(config, size))
+    assert told[1] / told[0] == pytest.approx(counted[1] / counted[0], rel=0.15)
 
 
 def test_widths_follow_the_paper_s_rule() -> None:

@@ -19,6 +19,7 @@ from hrgan.config import (
     RampConfig,
     ScheduleConfig,
 )
+from hrgan.monitor.log import eta
 from hrgan.schedule import gammas, make_schedule, rates, table, what_is_due
 from tests.conftest import cli
 
@@ -194,3 +195,20 @@ def test_the_table_shows_gamma_its_rule_with_the_reason_and_the_ramp() -> None:
     assert "R1" not in table(make_schedule(Config()), Config())
     none = replace(ruled, loss=LossConfig(kind="logistic", r1_gamma=0.0))
     assert "rule" not in table(make_schedule(none), none)
+
+
+def test_the_time_left_is_measured_and_beyond_that_grows_with_what_a_picture_costs() -> None:
+    schedule = make_schedule(Config(network=NetworkConfig(resolution=32), schedule=ScheduleConfig(total_kimg=6000)))
+    phase = schedule.phases[2]
+    assert (phase.resolution, phase.fading) == (8, False)
+    left = dict.fromkeys((8, 16, 32), 0)
+    for later in schedule.phases[2:]:
+        left[later.resolution] += later.nimg_to - later.nimg_from
+    cost = {8: 10.0, 16: 20.0, 32: 200.0}.__getitem__
+    found = eta(schedule, phase, phase.nimg_from, {4: 0.1, 8: 0.5}, cost)
+    assert found == pytest.approx(0.5 * left[8] + 1.0 * left[16] + 4.0 * left[32])  # At most four times.
+    halfway = phase.nimg_from + 1000
+    assert eta(schedule, phase, halfway, {8: 0.5, 16: 0.7, 32: 0.9}, cost) == pytest.approx(
+        0.5 * (left[8] - 1000) + 0.7 * left[16] + 0.9 * left[32]
+    )
+    assert eta(schedule, phase, halfway, {}, cost) == 0

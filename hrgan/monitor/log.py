@@ -197,14 +197,16 @@ def clock(seconds: float) -> str:
     return f"{days} d {hours:02d}:{minutes:02d}" if days else f"{hours}:{minutes:02d}:{rest % 60:02d}"
 
 
-def eta(schedule: Schedule, phase: Phase, nimg: int, seconds_per_image: dict[int, float]) -> float:
-    """Seconds to the end of the run: measured speed where a resolution was seen, four times the time per image for
-    each doubling after it."""
-    last = max(seconds_per_image, default=phase.resolution)
+def eta(
+    schedule: Schedule, phase: Phase, nimg: int, seconds_per_image: dict[int, float], cost: Callable[[int], float]
+) -> float:
+    """Seconds to the end of the run: measured speed where a resolution was seen. After the last of these a picture
+    takes as many times longer as its cost grows, but at most four times for each doubling: while pictures are small,
+    what does not grow with them takes most of the time."""
+    seconds = {phase.resolution: 0.0} | seconds_per_image
     total = 0.0
     for later in schedule.phases[phase.index :]:
-        cost = seconds_per_image.get(
-            later.resolution, seconds_per_image.get(last, 0.0) * (later.resolution / last) ** 2
-        )
-        total += cost * (later.nimg_to - max(nimg, later.nimg_from))
+        if (size := later.resolution) not in seconds:
+            seconds[size] = seconds[size // 2] * min(4.0, cost(size) / cost(size // 2))
+        total += seconds[size] * (later.nimg_to - max(nimg, later.nimg_from))
     return total

@@ -35,6 +35,19 @@ def make_discriminator(config: Config, resolution: int, fading: bool, autocast: 
     return network
 
 
+def multiplications(config: Config, resolution: int) -> int:
+    """About how many a picture takes in both networks, up to a factor that is the same at every resolution: each of a
+    block's weights is used once for each of its pixels. Makes no weights."""
+    family = FAMILIES[config.network.family]
+    with torch.device("meta"):
+        networks = [kind(config.network, resolution, False) for kind in (family.Generator, family.Discriminator)]
+    total = 0
+    for name, parameter in (item for network in networks for item in network.named_parameters()):
+        size = next((int(word) for word in name.split(".") if word.isdigit() and int(word) >= 4), 1)
+        total += parameter.numel() * (size**2 if parameter.dim() == 4 else 1)
+    return total
+
+
 @contextmanager
 def full_precision(network: nn.Module) -> Iterator[None]:
     """In here a network of a family computes in float32, whatever it was built for."""
