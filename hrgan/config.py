@@ -393,6 +393,7 @@ EVAL_METRICS = ("fid", "fid_infinity", "kid", "isc", "prc", "class_fid", "memori
 MAY_CHANGE = (
     "schedule.total_kimg",
     "schedule.micro_batch",
+    "loss.fd_sigma",
     "eval.",
     "checkpoint.",
     "log.",

@@ -142,21 +142,27 @@ def _squares(gradient: Tensor) -> Tensor:
 
 
 def finite_difference_penalty(
-    penalty: Penalty, critic: Critic, x: Tensor, clean: Tensor, sigma: float, scale: Tensor | None = None
+    penalty: Penalty,
+    critic: Critic,
+    x: Tensor,
+    clean: Tensor,
+    sigma: float,
+    scale: Tensor | None = None,
+    mean: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
     """The same without a double backward: with g the gradients and v = d penalty / dg, both held constant, the
     penalty's gradient by the parameters is that of v . g, which is the slope of all logits' sum along v:
     sum(D(x + h v) - D(x)) / h. The value is that of g itself.
 
     x: (N, C, H, W); clean: (N, 1) D(x), differentiable by the critic's parameters. sigma: root mean square of the step
-    h v over all pictures. scale: see input_gradient. Where x requires no gradient (ZeRO-3 lets nothing pass backwards
-    twice), D(x) is computed once more for g.
+    h v over all pictures. scale: see input_gradient. mean: over processes, whose h must be the same where D's batch
+    statistics are of all their pictures. Where x requires no gradient (ZeRO-3 lets nothing pass backwards twice), D(x)
+    is computed once more for g.
 
     This is the exact penalty's gradient to rounding where D is linear along the step: D must hold its kinks between its
-    calls (networks.layers.same_kinks). Where steps may cross the kinks of leaky ReLUs it is another gradient, at any h:
-    of a trained progan's D at 64² 2.7 to 7 times as long, at a cosine below 0 (docs/results). Where D bends otherwise,
-    there is an error of the first order in h. A quotient along random noise has, squared, R1's expectation, too, but a
-    gradient that is noise, 300 times as long.
+    calls (networks.layers.same_kinks). Where steps may cross the kinks of leaky ReLUs it is another gradient, at any h,
+    often the opposite one (docs/results). Where D bends otherwise, there is an error of the first order in h. A
+    quotient along random noise has, squared, R1's expectation, too, but a gradient that is noise, 300 times as long.
     """
     if x.requires_grad:
         gradient = _gradient(clean, x, scale, differentiable=False)
@@ -166,10 +172,10 @@ def finite_difference_penalty(
     gradient = (gradient if scale is None else gradient / scale).requires_grad_()
     value = penalty(_squares(gradient))
     (along,) = torch.autograd.grad(value, gradient)
-    length = torch.linalg.vector_norm(along)
-    step = sigma * math.sqrt(x.numel())
-    ahead = critic(x.detach() + along * (step / length.clamp_min(torch.finfo(length.dtype).tiny)))
-    slope = (ahead - clean).sum() * (length / step)
+    # No square may be too small for its type, nor a flat D's step be nothing by nothing.
+    length = mean(along.double().square().mean()).sqrt().clamp_min(1e-30).to(x.dtype)
+    ahead = critic(x.detach() + sigma * along / length)
+    slope = (ahead - clean).sum() * (length / sigma)
     result: Tensor = value.detach() + slope - slope.detach()
     return result
 

@@ -238,7 +238,7 @@ def penalise(
         if loss.penalty == "exact":
             return losses.exact_penalty(penalty, of_x, x, scale)
         of_pictures = partial(critic, around=around, place=place)
-        return losses.finite_difference_penalty(penalty, of_pictures, x, of_x, loss.fd_sigma, scale)
+        return losses.finite_difference_penalty(penalty, of_pictures, x, of_x, loss.fd_sigma, scale, engine.mean)
 
     if loss.kind == "wgan-gp":
         x = torch.lerp(*images, micro.mix).detach().requires_grad_(engine.zero_stage != 3)

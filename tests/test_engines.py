@@ -71,7 +71,11 @@ FAMILIES = {
         {"condition": "acgan", "classes": ["a", "b", "c"]},
         AugmentConfig(),
     ),
-    "dcgan": (LossConfig(kind="logistic", r1_gamma=0.0), {"family": "dcgan"}, AugmentConfig()),
+    "dcgan": (
+        LossConfig(kind="logistic", r1_every=2, penalty="finite_difference"),
+        {"family": "dcgan"},
+        AugmentConfig(),
+    ),
 }
 """Loss, network and augmentation: with all that a step carries over to the next one."""
 MATRIX = [

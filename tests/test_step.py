@@ -210,10 +210,12 @@ def test_finite_differences_pass_each_side_s_own_augmentation() -> None:
 
 @pytest.mark.parametrize("penalty", ["exact", "finite_difference"])
 def test_wgan_gp_looks_between_real_and_fake(penalty: Any) -> None:
-    def quadratic(x: torch.Tensor, labels: None, alpha: float) -> torch.Tensor:  # grad D(x) = x
-        return x.square().flatten(1).sum(1, keepdim=True) / 2
+    size = torch.ones((), requires_grad=True)
 
-    engine, config = Engine(SMALL), replace(SMALL, loss=LossConfig(penalty=penalty, fd_sigma=1e-4))
+    def quadratic(x: torch.Tensor, labels: None, alpha: float) -> torch.Tensor:  # grad D(x) = size x
+        return size * x.square().flatten(1).sum(1, keepdim=True) / 2
+
+    engine, config = Engine(SMALL), replace(SMALL, loss=LossConfig(penalty=penalty, fd_sigma=1e-3))
     engine.enter(make_schedule(config).phases[1], None)
     engine.discriminator.module = quadratic  # type: ignore[assignment]
     images = torch.randint(0, 256, (16, 3, 8, 8), dtype=torch.uint8)
@@ -222,6 +224,8 @@ def test_wgan_gp_looks_between_real_and_fake(penalty: Any) -> None:
     found = penalise(engine, config, micro, (micro.real, fake), (nothing, nothing), (None, None), now)
     norms = (micro.real + micro.mix * (fake - micro.real)).flatten(1).norm(dim=1)
     torch.testing.assert_close(found, 10 * (norms - 1).square().mean(), rtol=2e-3, atol=0)
+    (slope,) = torch.autograd.grad(found, size)
+    torch.testing.assert_close(slope, 20 * ((norms - 1) * norms).mean(), rtol=1e-2, atol=0)
 
 
 def test_wgan_gp_by_finite_differences_has_the_exact_one_s_gradient() -> None:
