@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -110,6 +110,9 @@ class Run:
     """Of the evaluation that is being made; None where its time does not matter."""
     look_every: int = 1
     """Steps between two looks for a reason to stop, so that looking costs next to nothing."""
+
+    def __post_init__(self) -> None:
+        self.cost = cache(partial(multiplications, self.config))
 
     def stop_reason(self) -> str | None:
         """Why to stop, agreed on by all processes, or None. All processes must call it."""
@@ -239,7 +242,7 @@ def end_tick(run: Run, phase: Phase, nimg: int, *, hurried: bool = False) -> Non
             "data_wait_ranks": [round(wait, 4) for wait in waits],
         }
         row |= warn_of_sickness(run, run.log, row)
-        left = eta(run.schedule, phase, nimg, run.speeds, partial(multiplications, config))
+        left = eta(run.schedule, phase, nimg, run.speeds, run.cost)
         run.log.tick(row, phase.fading, config.schedule.total_kimg, left)
     if in_a_row > config.optim.max_skipped:
         raise Diverged(
