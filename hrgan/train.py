@@ -238,7 +238,8 @@ def penalise(
         if loss.penalty == "exact":
             return losses.exact_penalty(penalty, of_x, x, scale)
         of_pictures = partial(critic, around=around, place=place)
-        return losses.finite_difference_penalty(penalty, of_pictures, x, of_x, loss.fd_sigma, scale, engine.mean)
+        mean = engine.mean if module.apart else torch.clone  # Else processes may step as far as rounds alike.
+        return losses.finite_difference_penalty(penalty, of_pictures, x, of_x, loss.fd_sigma, scale, mean)
 
     if loss.kind == "wgan-gp":
         x = torch.lerp(*images, micro.mix).detach().requires_grad_(engine.zero_stage != 3)
