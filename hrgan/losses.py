@@ -172,8 +172,9 @@ def finite_difference_penalty(
     gradient = (gradient if scale is None else gradient / scale).requires_grad_()
     value = penalty(_squares(gradient))
     (along,) = torch.autograd.grad(value, gradient)
-    # No square may be too small for its type, nor a flat D's step be nothing by nothing.
-    length = mean(along.double().square().mean()).sqrt().clamp_min(1e-30).to(x.dtype)
+    # In float64 small squares are not lost; where D is flat, nothing is not divided by nothing.
+    squares = torch.linalg.vector_norm(along, dtype=torch.float64).square()
+    length = mean(squares / along.numel()).sqrt().clamp_min(1e-30).to(x.dtype)
     ahead = critic(x.detach() + sigma * along / length)
     slope = (ahead - clean).sum() * (length / sigma)
     result: Tensor = value.detach() + slope - slope.detach()

@@ -112,7 +112,7 @@ class Run:
     """Steps between two looks for a reason to stop, so that looking costs next to nothing."""
 
     def __post_init__(self) -> None:
-        self.cost = cache(partial(multiplications, self.config))
+        self.cost = cache(partial(multiplications, self.config))  # Counting an r3-1024's takes tenths of a second.
 
     def stop_reason(self) -> str | None:
         """Why to stop, agreed on by all processes, or None. All processes must call it."""

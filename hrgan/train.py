@@ -170,7 +170,7 @@ def judged(
     """What D says of reals and fakes: in one call, where its family allows and neither its slope nor its kinks at them
     are asked for."""
     alone = real.requires_grad or fake.requires_grad or kinks != (None, None)
-    if alone or net.module.apart:
+    if alone or net.module.batch_statistics:
         with uncompiled(config) if alone else nullcontext():
             with same_kinks(kinks[0]):
                 real_out = net.wrapped(real, labels, alpha)
@@ -238,8 +238,10 @@ def penalise(
         if loss.penalty == "exact":
             return losses.exact_penalty(penalty, of_x, x, scale)
         of_pictures = partial(critic, around=around, place=place)
-        mean = engine.mean if module.apart else torch.clone  # Else processes may step as far as rounds alike.
-        return losses.finite_difference_penalty(penalty, of_pictures, x, of_x, loss.fd_sigma, scale, mean)
+        # All step equally far where they share a batch's statistics. Elsewhere each its own way: the rounding of a
+        # micro-batch then does not hang on which others there are.
+        shared = {"mean": engine.mean} if module.batch_statistics else {}
+        return losses.finite_difference_penalty(penalty, of_pictures, x, of_x, loss.fd_sigma, scale, **shared)
 
     if loss.kind == "wgan-gp":
         x = torch.lerp(*images, micro.mix).detach().requires_grad_(engine.zero_stage != 3)

@@ -684,7 +684,8 @@ def test_a_reload_goes_on_and_a_persons_order_is_always_the_same(chromium: Any, 
     assert person.text("rate") == "10.0 %"
     person.check()
     chromium.refresh()  # Results stay, too.
-    person.wait("results.length === 1")  # Says what is there, where they don't.
+    kept = person.do("return [results.length, localStorage.getItem(SHELF), document.body.innerText.slice(0, 200)]")
+    assert kept[0] == 1, kept
     person.click("look")
     assert [row["person"] for row in person.results()] == ["Ann"]
     assert not person.sees("rate")

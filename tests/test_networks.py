@@ -218,8 +218,11 @@ def test_a_network_whose_kinks_are_held_is_its_linear_approximation(family: str)
     slopes = [torch.autograd.grad(of, parameters, retain_graph=True, materialize_grads=True) for of in sums]
     for found, expected in zip(*slopes, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8 * float(expected.abs().max()) + 1e-9)
-    free = critic(x + 2 * step, None, 0.5)  # Outside, they are where they are.
-    assert (free - twice).norm() > 0.01 * twice.norm()
+    with L.same_kinks(kinks):
+        far = critic(x + 10 * step, None, 0.5)
+    torch.testing.assert_close(far - here, 10 * (ahead - here), rtol=1e-9, atol=1e-9)
+    free = critic(x + 10 * step, None, 0.5)  # Outside, they are where they are.
+    assert ((free - far).abs() > 0.01 * far.abs()).all()
     with pytest.raises(StopIteration), L.same_kinks(kinks):
         critic(x, None, 0.5), critic(x, None, 0.5)
     assert torch.equal(critic(x, None, 0.5), here)

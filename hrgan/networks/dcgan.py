@@ -57,7 +57,7 @@ class BatchNorm(nn.Module):
                 running = (self.running_mean, self.running_var)
                 y = F.batch_norm(numbers, *running, self.weight, self.bias, eps=EPSILON)
             elif (earlier := earlier_input(x)) is not None:
-                y = self._touching(numbers, at_least_float32(earlier))
+                y = self._tangent(numbers, at_least_float32(earlier))
             elif _processes() > 1:
                 y, mean, variance = self._over_processes(numbers)
                 self._follow(mean, variance)
@@ -80,7 +80,7 @@ class BatchNorm(nn.Module):
         count = x.numel() // x.shape[1] * _processes()
         return y, mean.flatten(), variance.flatten() * (count / (count - 1))
 
-    def _touching(self, x: Tensor, earlier: Tensor) -> Tensor:
+    def _tangent(self, x: Tensor, earlier: Tensor) -> Tensor:
         """The linear function of x that touches batch normalisation where x is `earlier`."""
         apart = earlier - _mean(earlier)
         inverse = (_mean(apart.square()) + EPSILON).rsqrt()
@@ -182,8 +182,8 @@ class Discriminator(nn.Module):
     """x: (N, channels, H, W) float32 in [-1, 1] -> logits (N, 1) float32; with the auxiliary classifier
     (N, 1 + classes)."""
 
-    apart = True
-    """Reals and fakes go through it in separate calls: each has batch statistics of its own."""
+    batch_statistics = True
+    """Whether logits hang on the whole batch's statistics: reals and fakes then go through it in separate calls."""
 
     def __init__(
         self, config: NetworkConfig, resolution: int, fading: bool, autocast: torch.dtype | None = None

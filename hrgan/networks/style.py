@@ -268,8 +268,8 @@ class Discriminator(nn.Module):
     """x: (N, channels, H, W) float32 in [-1, 1], N a multiple of 4 -> logits (N, 1) float32; with the auxiliary
     classifier (N, 1 + classes)."""
 
-    apart = False
-    """Whether reals and fakes must go through it in separate calls."""
+    batch_statistics = False
+    """Whether logits hang on the whole batch's statistics: reals and fakes then go through it in separate calls."""
 
     def __init__(
         self, config: NetworkConfig, resolution: int, fading: bool, autocast: torch.dtype | None = None
