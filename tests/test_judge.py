@@ -4,13 +4,16 @@ and in the browser, and people can go through it with a finger, a mouse or a key
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import io
 import json
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -508,9 +511,9 @@ class Person:
     def __init__(self, driver: Any, page: Path, width: int) -> None:
         self.driver, self.page, self.width = driver, page, width
         show(driver, page, width)
-        while self.do("return current || results.length"):  # A load may still see what was there before.
-            self.do("localStorage.clear()")
-            show(driver, page, width)
+        self.do("localStorage.clear(); history.replaceState({[SHELF]: '{}'}, '')")
+        show(driver, page, width)
+        assert not self.do("return current || results.length")
         driver.get_log("browser")
 
     def do(self, script: str, *arguments: Any) -> Any:
@@ -676,6 +679,7 @@ def test_a_reload_goes_on_and_a_persons_order_is_always_the_same(chromium: Any, 
     plan = person.do("return current.plan")
     person.judge([True, False, True])
     source = person.do("return document.getElementById('left').src")
+    person.do("localStorage.clear()")  # As Chromium 156 may do to a file by itself.
     chromium.refresh()
     person.sees_pair()
     assert person.text("count") == "Pair 4 of 10"
@@ -684,8 +688,6 @@ def test_a_reload_goes_on_and_a_persons_order_is_always_the_same(chromium: Any, 
     assert person.text("rate") == "10.0 %"
     person.check()
     chromium.refresh()  # Results stay, too.
-    kept = person.do("return [results.length, localStorage.getItem(SHELF), document.body.innerText.slice(0, 200)]")
-    assert kept[0] == 1, kept
     person.click("look")
     assert [row["person"] for row in person.results()] == ["Ann"]
     assert not person.sees("rate")
@@ -695,6 +697,28 @@ def test_a_reload_goes_on_and_a_persons_order_is_always_the_same(chromium: Any, 
     again = Person(chromium, page, 390)
     again.begin("  Ann ")
     assert again.do("return current.plan") == plan
+
+
+@pytest.mark.slow
+def test_a_closed_tab_is_gone_on_with_in_another(chromium: Any, page: Path) -> None:
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(page.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{page.name}"  # Of a file Chromium 156 may keep nothing.
+        person = Person(chromium, page, 1400)
+        chromium.get(url)
+        person.begin("Ann")
+        person.judge([True, False])
+        first = chromium.current_window_handle
+        chromium.switch_to.new_window("tab")
+        try:
+            chromium.get(url)
+            person.sees_pair()
+            assert person.text("count") == "Pair 3 of 10"
+        finally:
+            chromium.close()
+            chromium.switch_to.window(first)
+            server.shutdown()
 
 
 @pytest.mark.slow
