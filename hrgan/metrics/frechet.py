@@ -83,39 +83,40 @@ def summed(parts: Sequence[Moments]) -> Moments:
 
 @dataclass
 class Projected:
-    """Moments between the roots of a reference's covariance. They add up as moments do, so that distances of many sums
-    of the same groups take their products once."""
+    """Moments between the roots of a reference's covariance, of rank R. They add up as moments do, so that distances of
+    many sums of the same groups take their products once."""
 
     count: Tensor
     total: Tensor
     squares: Tensor
     """() sum of f . f."""
     root_total: Tensor
-    """(D,) root total."""
+    """(R,) root^T total."""
     root_outer: Tensor
-    """(D, D) root outer root."""
+    """(R, R) root^T outer root."""
 
     def __add__(self, other: Projected) -> Projected:
         return Projected(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 class Reference:
-    """One side of many distances: the root of its covariance is made once.
+    """One side of many distances: a root of its covariance, B = root root^T, is made once.
 
-    tr sqrt(A B) = tr sqrt(sqrt(B) A sqrt(B)), which is symmetric.
+    tr sqrt(A B) = tr sqrt(root^T A root), which is symmetric and as large as B's rank, which of few pictures is small.
     """
 
     def __init__(self, moments: Moments) -> None:
         self.mu, sigma = moments.mean(), moments.covariance()
         self.trace = sigma.trace()
         values, vectors = torch.linalg.eigh(sigma)
-        self.root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+        some = values > values[-1] * len(values) * torch.finfo(values.dtype).eps  # The rest is rounding.
+        self.root = vectors[:, some] * values[some].sqrt()  # (D, R)
 
     def project(self, moments: Moments) -> Projected:
         """Moments as `distance` takes them."""
         beat()
-        root_outer = self.root @ moments.outer @ self.root
-        return Projected(moments.count, moments.total, moments.outer.trace(), self.root @ moments.total, root_outer)
+        root_outer = self.root.T @ moments.outer @ self.root
+        return Projected(moments.count, moments.total, moments.outer.trace(), self.root.T @ moments.total, root_outer)
 
     def distance(self, side: Projected) -> float:
         """The Frechet distance to the reference."""
