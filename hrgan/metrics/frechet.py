@@ -109,8 +109,8 @@ class Reference:
         self.mu, sigma = moments.mean(), moments.covariance()
         self.trace = sigma.trace()
         values, vectors = torch.linalg.eigh(sigma)
-        some = values > values[-1] * len(values) * torch.finfo(values.dtype).eps  # The rest is rounding.
-        self.root = vectors[:, some] * values[some].sqrt()  # (D, R)
+        kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps  # The rest is rounding.
+        self.root = vectors[:, kept] * values[kept].sqrt()  # (D, R)
 
     def project(self, moments: Moments) -> Projected:
         """Moments as `distance` takes them."""
