@@ -7,8 +7,11 @@ import difflib
 import math
 from dataclasses import asdict
 
-from hrgan.config import AUGMENTATIONS, CHUNK, EVAL_METRICS, EXTRACTORS, Config, at, leaves, resolutions
+from hrgan.config import AUGMENTATIONS, CHUNK, DIFFAUGMENT, EVAL_METRICS, EXTRACTORS, Config, at, leaves, resolutions
 from hrgan.sizes import LONGEST, SHORTEST
+
+SIGNED = ("logistic", "hinge")
+"""Values of loss.kind under which the sign of D's logit says what D takes an image for."""
 
 
 def problems(config: Config) -> list[str]:
@@ -93,12 +96,19 @@ def _loss_problems(config: Config) -> list[str]:
         found.append(
             f"loss.path_weight: {loss.path_weight:g}, but {network.family} has no w to measure paths in; nearest: 0"
         )
-    if config.augment.target is not None and loss.kind not in ("logistic", "hinge"):
+    if config.augment.target is not None and loss.kind not in SIGNED:
         found.append(
             f"augment.target: {config.augment.target:g}, but under loss.kind {loss.kind} the sign of D on reals says "
             "nothing; nearest: null, with augment.strength and ramp.augment, or loss.kind logistic"
         )
     return found
+
+
+def _usual_strength(config: Config) -> str:
+    """The setting that the operations' paper has (of "ada" under a loss that says nothing by D's sign: R3GAN's)."""
+    if {"diffaugment", *DIFFAUGMENT}.issuperset(config.augment.ops):
+        return "1"
+    return "augment.target: 0.6" if config.loss.kind in SIGNED else "ramp.augment: 0.3, with ramp.kimg"
 
 
 def _augment_problems(config: Config) -> list[str]:
@@ -108,7 +118,7 @@ def _augment_problems(config: Config) -> list[str]:
             near = difflib.get_close_matches(op, names, 1, 0)[0]
             found.append(f"augment.ops: {op} is none of {', '.join(names)}; nearest: {near}")
     if augment.ops and augment.strength == 0 and augment.target is None and config.ramp.augment is None:
-        found.append("augment.strength: 0 does nothing without augment.target; nearest: 1 (or augment.target: 0.6)")
+        found.append(f"augment.strength: 0 does nothing; nearest: {_usual_strength(config)}")
     if not augment.ops and (augment.strength > 0 or augment.target is not None):
         found.append("augment.ops: empty, so that nothing has a strength or a target; nearest: [ada] or [diffaugment]")
     if augment.target is not None and augment.most < augment.strength <= 1:

@@ -412,15 +412,21 @@ def test_the_two_usual_lists_have_names_and_others_are_refused() -> None:
         expanded(["flip", "mosaic"])
 
 
+LOGISTIC = LossConfig("logistic")
+
+
 def test_the_configuration_s_problems_are_named_with_what_is_near() -> None:
-    def found(**values: object) -> str:
-        logistic = LossConfig(kind="logistic")
-        return "\n".join(problems(Config(loss=logistic, augment=AugmentConfig(**values))))  # type: ignore[arg-type]
+    def found(loss: LossConfig = LOGISTIC, **values: object) -> str:
+        return "\n".join(problems(Config(loss=loss, augment=AugmentConfig(**values))))  # type: ignore[arg-type]
 
     assert found() == found(ops=["diffaugment"], strength=1.0) == found(ops=["ada", "cutout"], target=0.6) == ""
     assert "augment.ops: rotate45 is none of color," in found(ops=["rotate45"], strength=1.0)
     assert found(ops=["rotate45"], strength=1.0).endswith("; nearest: rotate")
-    assert "augment.strength: 0 does nothing without augment.target" in found(ops=["ada"])
+    nothing = "augment.strength: 0 does nothing; nearest:"
+    relativistic = LossConfig("relativistic", r1_gamma=1.0)
+    assert found(ops=["ada"]) == f"{nothing} augment.target: 0.6"
+    assert found(ops=["color", "cutout"]) == found(relativistic, ops=["diffaugment"]) == f"{nothing} 1"
+    assert found(relativistic, ops=["ada"]) == f"{nothing} ramp.augment: 0.3, with ramp.kimg"
     assert "augment.ops: empty" in found(target=0.6)
     assert "augment.strength: 1.5 is above the most, 1" in found(ops=["ada"], strength=1.5)
     assert "augment.strength: -0.5 is below the least, 0" in found(ops=["ada"], strength=-0.5)
