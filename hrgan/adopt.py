@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -39,7 +39,10 @@ def adopted(config: Config, phase: Phase, source: Path, say: Callable[[str], Non
     Blocks have the same name at every resolution, so a checkpoint may be of another resolution, and rows that belong
     to a class go to the class of the same name.
     """
-    folder = checkpoint.find(source)
+    try:
+        folder = checkpoint.find(source)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from error
     saved = checkpoint.load(folder, parts=NETWORKS)
     old, new = saved.config.network, config.network
     if old.family != new.family:
@@ -55,9 +58,11 @@ def adopted(config: Config, phase: Phase, source: Path, say: Callable[[str], Non
         own = make(config, phase.resolution, phase.fading, None).state_dict()
         parts[part], fit = fitted(own, saved.state.parts[part], rows, heads)
         if not any(parts[part][name].dim() > 1 for name in fit.taken):  # A few biases fit anywhere.
-            raise UserError(
-                f"init_from: nothing of {folder} fits the {part}; its network was {old}, this run's is {new}"
+            pairs = zip(asdict(old).items(), asdict(new).values(), strict=True)
+            differ = "; ".join(
+                f"network.{key} {theirs} there, {ours} here" for (key, theirs), ours in pairs if theirs != ours
             )
+            raise UserError(f"init_from: nothing of {folder} fits the {part} ({differ})")
         if part != "ema":  # It has the generator's shapes.
             say(described(part, fit))
     there, here = size_text(old.grid, saved.state.resolution), size_text(new.grid, phase.resolution)

@@ -256,9 +256,7 @@ def newest(run: Path, say: Callable[[str], None], at_most: int | None = None) ->
         faults.append(f"{folder.name}: {reason}")
         say(f"checkpoint {folder} passed over: {reason}")
     if faults:
-        raise UserError(
-            f"{run}: no checkpoint can be used ({'; '.join(faults)}); remove {run / 'checkpoints'} to start anew"
-        )
+        raise UserError(f"{run}: no checkpoint can be used ({'; '.join(faults)})")
     return None
 
 

@@ -23,6 +23,7 @@ def problems(config: Config) -> list[str]:
         *_augment_problems(config),
         *_family_problems(config),
         *_eval_problems(config),
+        *_source_problems(config),
         *_range_problems(config),
     ]
 
@@ -161,6 +162,13 @@ def _eval_problems(config: Config) -> list[str]:
             near = difflib.get_close_matches(metric, EVAL_METRICS, 1, 0)[0]
             found.append(f"eval.metrics: {metric} is none of {', '.join(EVAL_METRICS)}; nearest: {near}")
     return found
+
+
+def _source_problems(config: Config) -> list[str]:
+    source = config.init_from
+    if source is None or (source.strip() and "://" not in source):
+        return []
+    return [f"init_from: {source!r} is no run directory or checkpoint folder of this machine; nearest: null"]
 
 
 _LEAST: dict[str, float] = {

@@ -144,9 +144,9 @@ def _reopen(folder: Path, config: Config, dataset: Dataset, say: Callable[[str],
             f"{folder}: written by run format {version}, this hrgan reads {checkpoint.FORMAT}; use the "
             "hrgan that wrote it or another --run"
         )
-    # Killed before its configuration was written: nothing was trained.
-    written = (folder / "config.yaml").exists() or (folder / "checkpoints").exists()
-    changed = differences(from_dict(read_yaml(folder / "config.yaml")), config) if written else []
+    # Without a checkpoint nothing is gone on with: what was refused, or killed early, may be asked for otherwise.
+    begun = bool(checkpoint.numbered(folder))
+    changed = differences(from_dict(read_yaml(folder / "config.yaml")), config) if begun else []
     if changed:
         raise UserError(
             "\n".join(
@@ -156,7 +156,10 @@ def _reopen(folder: Path, config: Config, dataset: Dataset, say: Callable[[str],
                 ]
             )
         )
-    start = checkpoint.newest(folder, say)
+    try:
+        start = checkpoint.newest(folder, say)
+    except UserError as error:
+        raise UserError(f"{error}; remove {folder / 'checkpoints'} to start anew") from error
     if start is not None:
         real_set = json.loads((start / "state.json").read_text())["real_set"]
         if real_set != dataset.real_set:

@@ -234,7 +234,7 @@ def test_another_family_or_nothing_that_fits_is_refused(tmp_path: Path) -> None:
     source = saved(tmp_path / "old", network(8), 8)
     for words, says in (
         ({"family": "progan"}, "holds style networks, this run has progan"),
-        ({"widths": [4] * 4, "latent": 4}, "fits the"),
+        ({"widths": [4] * 4, "latent": 4}, r"fits the .*\(network.latent 8 there, 4 here; network.widths"),
     ):
         config = Config(network=network(8, **words), schedule=ScheduleConfig(start_resolution=8))
         with pytest.raises(UserError, match=says):
@@ -250,8 +250,20 @@ def test_training_goes_on_from_another_run_s_weights(
     assert code == 0, output
     assert "init_from: generator: " in output
     assert f"init_from: {checkpoint.find(trained)}" in output
-    code, output = children.run(
-        tmp_path / "log2", train, str(tiny), str(tmp_path / "x"), "--init_from", str(tmp_path / "nowhere")
-    )
-    assert code == 2
-    assert "neither a run directory nor a checkpoint folder" in output
+
+
+def test_a_wrong_init_from_leaves_the_run_directory_free(
+    trained: Path, tmp_path: Path, tiny: Path, children: Children
+) -> None:
+    run, words = str(tmp_path / "run"), ("--schedule.total_kimg", "0.016", "--network.family", "style")
+    for source, says in (
+        (tmp_path / "nowhere", "init_from: {}: neither a run directory nor a checkpoint folder"),
+        ("", "init_from: '' is no run directory"),
+        (trained / "checkpoints" / "1", "init_from: {}: "),
+    ):
+        code, output = children.run(tmp_path / "log", train, str(tiny), run, *words, "--init_from", str(source))
+        assert (code, "Traceback" in output) == (2, False)
+        assert says.format(source) in output
+    words = (*words, "--network.mapping_layers", "2", "--schedule.start_resolution", "16")
+    code, output = children.run(tmp_path / "log2", train, str(tiny), run, *words, "--init_from", str(trained))
+    assert code == 0, output
