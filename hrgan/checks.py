@@ -7,7 +7,18 @@ import difflib
 import math
 from dataclasses import asdict
 
-from hrgan.config import AUGMENTATIONS, CHUNK, DIFFAUGMENT, EVAL_METRICS, EXTRACTORS, Config, at, leaves, resolutions
+from hrgan.config import (
+    AUGMENTATIONS,
+    CHUNK,
+    DIFFAUGMENT,
+    EVAL_METRICS,
+    EXTRACTORS,
+    Config,
+    RampConfig,
+    at,
+    leaves,
+    resolutions,
+)
 from hrgan.sizes import LONGEST, SHORTEST
 
 SIGNED = ("logistic", "hinge")
@@ -21,6 +32,7 @@ def problems(config: Config) -> list[str]:
         *_batch_problems(config),
         *_loss_problems(config),
         *_augment_problems(config),
+        *_ramp_problems(config),
         *_family_problems(config),
         *_eval_problems(config),
         *_source_problems(config),
@@ -40,7 +52,7 @@ def _size_problems(config: Config) -> list[str]:
     network, schedule = config.network, config.schedule
     found = _power_of_two("network.resolution", network.resolution, 4)
     found += _power_of_two("schedule.start_resolution", schedule.start_resolution, 4)
-    if not found and schedule.start_resolution > network.resolution:
+    if not found and network.grow and schedule.start_resolution > network.resolution:
         found.append(
             f"schedule.start_resolution: {schedule.start_resolution} is above network.resolution {network.resolution}; "
             f"nearest: {network.resolution}"
@@ -118,15 +130,31 @@ def _augment_problems(config: Config) -> list[str]:
         if op not in names:
             near = difflib.get_close_matches(op, names, 1, 0)[0]
             found.append(f"augment.ops: {op} is none of {', '.join(names)}; nearest: {near}")
-    if augment.ops and augment.strength == 0 and augment.target is None and config.ramp.augment is None:
+    if augment.ops and augment.strength == 0 and augment.target is None and not config.ramp.augment:
         found.append(f"augment.strength: 0 does nothing; nearest: {_usual_strength(config)}")
-    if not augment.ops and (augment.strength > 0 or augment.target is not None):
-        found.append("augment.ops: empty, so that nothing has a strength or a target; nearest: [ada] or [diffaugment]")
+    if not augment.ops and (augment.strength > 0 or augment.target is not None or config.ramp.augment):
+        found.append(
+            "augment.ops: empty, but augment.strength, augment.target or ramp.augment is given; nearest: [ada] or "
+            "[diffaugment]"
+        )
     if augment.target is not None and augment.most < augment.strength <= 1:
         found.append(f"augment.strength: {augment.strength:g} is above augment.most; nearest: {augment.most:g}")
     if augment.target is not None and config.ramp.augment is not None:
         found.append("ramp.augment: given, but augment.target adapts the strength; nearest: null")
     return found
+
+
+def _ramp_problems(config: Config) -> list[str]:
+    """What a ramp leads to is reached at ramp.kimg."""
+    if config.ramp.kimg != 0:
+        return []
+    plain, wanted = asdict(RampConfig()), asdict(config.ramp)
+    return [
+        f"ramp.{key}: {value:g}, but ramp.kimg is 0, so that nothing changes; nearest: ramp.kimg "
+        f"{config.schedule.total_kimg:g}"
+        for key, value in wanted.items()
+        if value != plain[key]
+    ]
 
 
 def _family_problems(config: Config) -> list[str]:
@@ -260,7 +288,7 @@ _MOST: dict[str, float] = {
 
 def _range_problems(config: Config) -> list[str]:
     found = []
-    sizes = resolutions(config) or [4]
+    sizes = resolutions(config)
     for key, value in leaves(asdict(config)):
         for number in value.values() if isinstance(value, dict) else [value]:
             if not isinstance(number, (int, float)) or isinstance(number, bool) or key == "data.path":
@@ -274,14 +302,12 @@ def _range_problems(config: Config) -> list[str]:
                 found.append(f"{key}: {number} must be above 0")
             if key in _MOST and number > _MOST[key]:
                 found.append(f"{key}: {number} is above the most, {_MOST[key]:g}")
-        # Nothing fades into the first resolution.
-        first = (
-            sizes[min(1, len(sizes) - 1)]
-            if key == "schedule.fade_kimg" and config.schedule.order == "stable_first"
-            else sizes[0]
-        )
-        if isinstance(value, dict) and key != "data.path" and (not value or min(value) > first):
-            found.append(f"{key}: {value} says nothing for {first} pixels; add {first}: ...")
+        if sizes and isinstance(value, dict) and key != "data.path":
+            # Nothing fades into the first resolution.
+            unfaded = key == "schedule.fade_kimg" and config.schedule.order == "stable_first"
+            first = sizes[1 if unfaded and len(sizes) > 1 else 0]
+            if not value or min(value) > first:
+                found.append(f"{key}: {value} says nothing for {first} pixels; add {first}: ...")
     return found
 
 

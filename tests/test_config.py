@@ -176,6 +176,39 @@ def test_batches_must_divide_over_the_processes() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ({"network": {"resolution": 2}}, ["network.resolution: 2 is not a power of two from 4 up; nearest: 4"]),
+        (
+            {"schedule": {"start_resolution": 128}},
+            ["schedule.start_resolution: 128 is above network.resolution 64; nearest: 64"],
+        ),
+        ({"network": {"grow": False}, "schedule": {"start_resolution": 128}}, []),  # Then it starts at 64.
+        (
+            {"ramp": {"lr": 0.1}},
+            ["ramp.lr: 0.1, but ramp.kimg is 0, so that nothing changes; nearest: ramp.kimg 600"],
+        ),
+        (
+            {"ramp": {"augment": 0.3}, "augment": {"ops": ["ada"]}},
+            ["ramp.augment: 0.3, but ramp.kimg is 0, so that nothing changes; nearest: ramp.kimg 600"],
+        ),
+        (
+            {"ramp": {"kimg": 5, "augment": 0.3}},
+            [
+                "augment.ops: empty, but augment.strength, augment.target or ramp.augment is given; nearest: [ada] or "
+                "[diffaugment]"
+            ],
+        ),
+    ],
+)
+def test_one_mistake_is_one_problem(words: dict[str, dict[str, object]], expected: list[str]) -> None:
+    tree = yaml.safe_load(Path("configs/clothing-64.yaml").read_text())
+    for topic, values in words.items():
+        tree[topic] = tree.get(topic, {}) | values
+    assert problems(from_dict(tree)) == expected
+
+
 def test_only_fields_that_cannot_alter_the_learning_may_change() -> None:
     old = Config()
     tree = asdict(old)
