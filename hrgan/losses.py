@@ -191,7 +191,8 @@ def path_lengths(images: Tensor, ws: Tensor, noise: Tensor, scale: Tensor | None
     y = noise / math.sqrt(images.shape[2] * images.shape[3])
     total = (images * y).sum()
     (gradient,) = torch.autograd.grad(total if scale is None else total * scale, ws, create_graph=True)
-    lengths = gradient.square().sum(2).mean(1).sqrt()
+    squares = gradient.square().sum(2).mean(1)
+    lengths = squares.add(torch.finfo(squares.dtype).tiny).sqrt()  # A root has no slope at zero.
     return lengths if scale is None else lengths / scale
 
 

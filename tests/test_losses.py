@@ -119,6 +119,13 @@ def test_path_lengths_of_a_linear_generator() -> None:
     torch.testing.assert_close(weight.grad, torch.einsum("n,ni,nj->ij", slope, y, reached))
 
 
+def test_path_lengths_of_a_generator_that_is_flat_move_nothing() -> None:
+    weight, ws = torch.zeros(1, requires_grad=True), torch.randn(6, 2, 48, requires_grad=True)
+    lengths = losses.path_lengths((ws.sum(1) * weight).view(6, 3, 4, 4), ws, torch.randn(6, 3, 4, 4))
+    losses.path_penalty(lengths, torch.tensor(1.0)).backward()
+    assert weight.grad == 0
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_gradient_penalty_of_a_linear_critic(exact: bool) -> None:
     weight, x = W.clone().requires_grad_(True), REAL.clone().requires_grad_(exact)

@@ -22,7 +22,7 @@ from hrgan.config import (
     ScheduleConfig,
 )
 from hrgan.engine import Engine, Net
-from hrgan.monitor.meter import Meter
+from hrgan.monitor.meter import D_VALUES, G_VALUES, Meter
 from hrgan.networks.layers import Kinks, downsample, upsample
 from hrgan.noise import local_rows
 from hrgan.pictures import to_float
@@ -54,6 +54,22 @@ def stepper(config: Config) -> Callable[[int], Engine]:
         return engine
 
     return step
+
+
+def test_means_of_a_tick_are_over_the_steps_that_were_not_skipped_and_had_the_value() -> None:
+    meter = Meter(torch.device("cpu"))
+    for value, penalised, skipped in ((1.0, True, 0.0), (2.0, False, 0.0), (100.0, True, 1.0), (3.0, True, 0.0)):
+        d_values = torch.full((len(D_VALUES),), value)
+        d_values[D_VALUES.index("penalty")] *= penalised
+        g_values = torch.full((len(G_VALUES),), 10 * value)
+        d_values[-1] = skipped
+        g_values[-1] = 0.0
+        g_values[G_VALUES.index("path_length")] *= penalised
+        meter.add(4, d_values, g_values, with_penalty=penalised, with_path=penalised)
+    row = meter.read(lambda sums: sums)
+    assert (row["loss_d"], row["penalty"], row["loss_g"]) == (2, 2, 265)
+    assert row["path_length"] == pytest.approx(1040 / 3)
+    assert (row["skipped"], row["skipped_in_a_row"]) == (1, 1)
 
 
 class CountReads(TorchDispatchMode):

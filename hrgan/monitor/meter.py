@@ -14,6 +14,9 @@ D_VALUES = ("loss_d", "logit_real", "logit_fake", "penalty", "sign_real", "sign_
 """What a step of D returns: means over its pictures, the norm of its gradient, and 1 if it was skipped."""
 G_VALUES = ("loss_g", "path_length", "grad_norm_g", "skipped")
 """The same of a step of G."""
+LAZY = ("penalty", "path_length")
+"""Values that only some steps have: means are over these steps."""
+SIZES = (len(D_VALUES), len(G_VALUES), len(LAZY))
 
 
 class Meter:
@@ -28,9 +31,9 @@ class Meter:
     def restart(self) -> None:
         """Begin a tick now."""
         self.began, self.waited, self.images, self.steps = time.perf_counter(), 0.0, 0, 0
-        self.lazy = {"penalty": 0, "path_length": 0}
-        # Sums of D_VALUES and G_VALUES, where the last stands for the steps counted; skipped steps; longest streak.
-        self.sums = torch.zeros(len(D_VALUES) + len(G_VALUES) + 2, device=self.device)
+        # Sums of D_VALUES and G_VALUES, where the last stands for the steps counted; steps counted that have each of
+        # LAZY; skipped steps; longest streak.
+        self.sums = torch.zeros(len(D_VALUES) + len(G_VALUES) + len(LAZY) + 2, device=self.device)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -43,12 +46,11 @@ class Meter:
         """A step: D_VALUES and G_VALUES of it."""
         self.images += images
         self.steps += 1
-        self.lazy["penalty"] += with_penalty
-        self.lazy["path_length"] += with_path
         parts = []
         for values in (d_values, g_values):
             counted = torch.cat([values[:-1], torch.ones_like(values[:1])])
             parts.append(torch.where(values[-1] > 0, torch.zeros_like(values), counted))
+        parts += [parts[0][-1:] * with_penalty, parts[1][-1:] * with_path]
         skipped = torch.maximum(d_values[-1], g_values[-1])
         self.streak = (self.streak + 1) * skipped
         longest = torch.maximum(self.sums[-1], self.streak)
@@ -58,20 +60,22 @@ class Meter:
     def read(self, mean: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """Means over the steps since `restart` and, by `mean`, over the processes. A value is None where every step
         was skipped, or none had it."""
-        sums = mean(self.sums).tolist()
+        sums = torch.split(mean(self.sums).cpu(), [*SIZES, 2])
         seconds = time.perf_counter() - self.began  # After the read, which waits for the device.
         rate = self.images / seconds if seconds > 0 else 0.0
         row: dict[str, Any] = {}
-        for names, values in ((G_VALUES, sums[len(D_VALUES) : -2]), (D_VALUES, sums[: len(D_VALUES)])):
+        d_sums, g_sums, rare, (skipped, longest) = (part.tolist() for part in sums)
+        lazy = dict(zip(LAZY, rare, strict=True))
+        for names, values in ((G_VALUES, g_sums), (D_VALUES, d_sums)):
             for name, value in zip(names[:-1], values[:-1], strict=True):
-                steps = values[-1] if name not in self.lazy else self.lazy[name]
+                steps = lazy.get(name, values[-1])
                 row[name] = value / steps if steps else None
         return row | {
             "img_per_sec": rate,
             "data_wait": self.waited / seconds if seconds > 0 else 0.0,
             "sec_per_kimg": 1000 / rate if rate else 0.0,
-            "skipped": round(sums[-2]),
-            "skipped_in_a_row": round(sums[-1]),
+            "skipped": round(skipped),
+            "skipped_in_a_row": round(longest),
         }
 
     def seconds_since_read(self) -> float:
