@@ -345,13 +345,24 @@ class Engine:
         return net.adam.skipped
 
     def update_ema(self, kimg: float) -> None:
-        """Move the EMA towards G by one step's share of the half-life, in thousands of images. Batch statistics are
-        G's own."""
+        """Move the EMA towards G by one step's share of the half-life, in thousands of images. Other tensors than
+        weights, as running statistics, are G's; see settle_ema."""
         keep = 0.5 ** (self.phase.batch / (kimg * 1000)) if kimg else 0.0
         with zero.whole(self.generator.module) if self.zero_stage == 3 else nullcontext():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.module.parameters()), 1 - keep)
         for average, buffer in zip(self.ema.buffers(), self.generator.module.buffers(), strict=True):
             average.copy_(buffer)
+
+    def settle_ema(self, alpha: float) -> None:
+        """Give averaged weights batch statistics of their own, before anyone sees the EMA. All processes must call
+        it."""
+        averages = self.config.optim.ema_kimg or self.config.ramp.ema_kimg
+        if not averages or not hasattr(self.ema, "measure_statistics"):
+            return
+        self.ema.measure_statistics(alpha)
+        if self.world > 1:  # Convolutions of a GPU may round otherwise on each.
+            for buffer in self.ema.buffers():
+                dist.broadcast(buffer, 0)
 
     # Processes
 

@@ -169,6 +169,7 @@ def at_lr(phase: Phase, scale: float) -> Phase:
 def between_steps(run: Run, phase: Phase, nimg: int, due: Due, stop: str | None) -> None:
     """Tick, sample grid, evaluation and checkpoint, in this order. With a reason to stop, which may come during the
     evaluation too: save, and raise Stopped. An evaluation that was left out is made on the way on."""
+    run.engine.settle_ema(phase.alpha(nimg))
     end_tick(run, phase, nimg, hurried=stop is not None)
     if due.samples:
         run.engine.on_main(lambda: save_samples(run, phase, nimg))

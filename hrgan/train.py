@@ -482,6 +482,7 @@ def run_phase(run: Run, phase: Phase, state: State | None) -> State:
         if due.tick or stop:
             between_steps(run, phase, nimg, due, stop)
             meter.restart()
+    engine.settle_ema(phase.alpha(nimg))
     return engine.state()
 
 

@@ -15,12 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hrgan.apps.generate import load_generator
+from hrgan.checkpoint import numbered
 from hrgan.config import Config, NetworkConfig
 from hrgan.networks import FAMILIES, full_precision, make_discriminator, make_generator
 from hrgan.networks import layers as L
-from hrgan.networks.dcgan import BatchNorm
+from hrgan.networks.dcgan import PICTURES, BatchNorm
 from hrgan.networks.r3 import ResidualBlock
+from hrgan.noise import draw
 from tests.conftest import Children
+from tests.test_train import train
 
 NAMES = ["a", "b", "c"]
 
@@ -223,6 +227,41 @@ def test_dcgan_begins_as_the_paper_says() -> None:
         else:
             assert parameter.mean().item() == pytest.approx(1.0 if "norm" in name else 0.0, abs=0.01)
             assert parameter.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+@pytest.mark.parametrize("classes", [None, NAMES])
+def test_averaged_weights_are_given_the_statistics_of_their_own_pictures(classes: list[str] | None) -> None:
+    words = {"condition": "projection", "classes": classes} if classes else {}
+    g, _ = networks(small("dcgan", **words), 32, fading=True)
+    torch.manual_seed(0)
+    for parameter in g.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    z, labels = draw(torch.randn, (PICTURES, 16), "batch statistics"), torch.arange(PICTURES) % 3 if classes else None
+    with torch.no_grad():
+        expected = g(z, labels, 0.3)  # By the batch's own statistics: it is in training.
+        g.eval()
+        assert (g(z, labels, 0.3) - expected).abs().mean() > 0.02
+        g.measure_statistics(0.3)
+        assert not g.training
+        # The unbiased variance of the 4,096 numbers or more, or another sum of them.
+        torch.testing.assert_close(g(z, labels, 0.3), expected, atol=0.02, rtol=0)
+        assert (g(z, labels, 0.3) - expected).abs().mean() < 1e-3
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_checkpoint_of_averaged_weights_has_their_own_statistics(
+    world: int, tmp_path: Path, tiny: Path, children: Children
+) -> None:
+    words = ("--network.family", "dcgan", "--schedule.start_resolution", "8", "--loss.kind", "logistic")
+    words += ("--loss.r1_gamma", "0", "--optim.ema_kimg", "0.1")
+    code, output = children.run(tmp_path / "log", train, str(tiny), str(tmp_path / "run"), *words, world=world)
+    assert code == 0, output
+    for folder in numbered(tmp_path / "run"):
+        averaged, alpha, *_ = load_generator(folder, True, torch.device("cpu"), as_trained=True)
+        found = {name: buffer.clone() for name, buffer in averaged.named_buffers()}
+        averaged.measure_statistics(alpha)  # type: ignore[operator]
+        for name, buffer in averaged.named_buffers():
+            assert torch.equal(found[name], buffer), (folder.name, name)
 
 
 def normalised(out: str) -> int:

@@ -30,9 +30,15 @@ from hrgan.networks.layers import (
     upsample,
     width,
 )
+from hrgan.noise import draw
 
 SPREAD = 0.02
 """Standard deviation of initial weights, section 4."""
+MOMENTUM = 0.1
+"""Share of a batch in the running statistics, the script's."""
+EPSILON = 1e-5
+PICTURES = 256
+"""Whose statistics those of averaged weights are."""
 
 
 class BatchNorm(nn.Module):
@@ -42,6 +48,8 @@ class BatchNorm(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
+    measuring = False
+    """The running statistics become this batch's, of this process alone."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -58,7 +66,7 @@ class BatchNorm(nn.Module):
                 y = F.batch_norm(numbers, *running, self.weight, self.bias, eps=EPSILON)
             elif (earlier := earlier_input(x)) is not None:
                 y = self._tangent(numbers, at_least_float32(earlier))
-            elif _processes() > 1:
+            elif _processes() > 1 and not self.measuring:
                 y, mean, variance = self._over_processes(numbers)
                 self._follow(mean, variance)
             else:
@@ -96,7 +104,7 @@ class BatchNorm(nn.Module):
         """Move the running statistics. A step with non-finite numbers is skipped (engine.py) and may leave nothing
         behind here either."""
         for running, batch in ((self.running_mean, mean), (self.running_var, variance)):
-            running.lerp_(torch.where(batch.isfinite(), batch, running), MOMENTUM)
+            running.lerp_(torch.where(batch.isfinite(), batch, running), 1.0 if self.measuring else MOMENTUM)
 
 
 def _processes() -> int:
@@ -110,10 +118,6 @@ def _mean(x: Tensor) -> Tensor:
         return mean
     total: Tensor = all_reduce(mean)  # type: ignore[no-untyped-call]  # differentiable, unlike dist's own
     return total / _processes()
-
-
-MOMENTUM = 0.1
-EPSILON = 1e-5
 
 
 def initial(name: str) -> tuple[float, float]:
@@ -133,7 +137,7 @@ class Generator(nn.Module):
         super().__init__()
         self.resolution, self.fading, self.autocast = resolution, fading, autocast
         self.layout = layout(config)
-        self.classes = config.num_classes
+        self.latent, self.classes = config.latent, config.num_classes
         self.embedding = ClassEmbedding(self.classes, config.latent) if self.classes else None
         inputs = config.latent * (2 if self.classes else 1)
         first = width(config, 4)
@@ -160,6 +164,22 @@ class Generator(nn.Module):
     def enlarged(self, images: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, 2H, 2W), as images of the resolution before are shown in a fade."""
         return upsample(images)
+
+    @torch.no_grad()
+    def measure_statistics(self, alpha: float) -> None:
+        """Make the running statistics those of PICTURES pictures of its own, always the same ones, of as many of each
+        class. Averaged weights need it: with the statistics of those that they are the average of, they draw pale
+        pictures."""
+        device, norms = self.first.weight.device, [m for m in self.modules() if isinstance(m, BatchNorm)]
+        z = draw(torch.randn, (PICTURES, self.latent), "batch statistics").to(device)
+        labels = torch.arange(PICTURES, device=device) % self.classes if self.classes else None
+        before = self.training
+        for norm in norms:
+            norm.measuring = True
+        self.train()(z, labels, alpha)
+        for norm in norms:
+            norm.measuring = False
+        self.train(before)
 
     def forward(self, z: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
         """Images. `alpha` in [0, 1] is the weight of the new resolution in a fade; `labels`: (N,) int64, None without
