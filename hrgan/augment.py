@@ -2,8 +2,8 @@
 and of DiffAugment (Zhao et al. 2020, arXiv 2006.10738), and ADA's control of their strength.
 
 Reals and fakes, in D's step and in G's, pass through the same operations with the same strength. G does not learn to
-draw the augmentations (they do not leak) while the strength is below 1, so that some pictures of each kind stay as
-they are.
+draw ADA's augmentations (they do not leak) while the strength is below about 0.8, so that enough pictures of each kind
+stay as they are; DiffAugment's may always happen, as what they do tells how a picture was before.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict
 
 from hrgan.config import (
+    ADA,
     AUGMENTATIONS,
     CHUNK,
     DIFFAUGMENT,
@@ -137,8 +138,11 @@ def _augment_problems(config: Config) -> list[str]:
             "augment.ops: empty, but augment.strength, augment.target or ramp.augment is given; nearest: [ada] or "
             "[diffaugment]"
         )
-    if augment.target is not None and augment.most < augment.strength <= 1:
-        found.append(f"augment.strength: {augment.strength:g} is above augment.most; nearest: {augment.most:g}")
+    if augment.target is not None or {"ada", *ADA}.intersection(augment.ops):
+        for key, strength in (("augment.strength", augment.strength), ("ramp.augment", config.ramp.augment)):
+            if strength is not None and augment.most < strength <= 1:
+                near = f"{augment.most:g}"
+                found.append(f"{key}: {strength:g} is above augment.most, where G draws what is done; nearest: {near}")
     if augment.target is not None and config.ramp.augment is not None:
         found.append("ramp.augment: given, but augment.target adapts the strength; nearest: null")
     return found

@@ -203,7 +203,8 @@ class AugmentConfig:
     adapt_kimg: float = 500.0
     """Thousands of images in which an adapting strength goes from 0 to 1 at the fastest."""
     most: float = 0.8
-    """Largest strength that adapting reaches; from about there on augmentations leak into what G draws."""
+    """Largest strength; from about there on augmentations leak into what G draws, but for DiffAugment's, which may have
+    any where no target adapts it."""
 
 
 @dataclass(frozen=True)

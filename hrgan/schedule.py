@@ -220,14 +220,18 @@ def ruled_gamma(config: Config, resolution: int) -> float:
     return GAMMA_RULE * pixels / at(config.schedule.batch, resolution)
 
 
+RAMPED = ("lr_g", "lr_d", "r1_gamma", "r2_gamma")
+
+
 def rows(schedule: Schedule, config: Config) -> list[dict[str, float | int | bool]]:
-    """The phase table that `hrgan schedule` prints; weights of R1 and R2 at a phase's first and last image."""
-    keys = ("kimg_from", "kimg_to", "resolution", "fading", "batch", "lr_g", "lr_d", "steps", "resets_adam")
+    """The phase table that `hrgan schedule` prints; learning rates, and weights of R1 and R2, at a phase's first and
+    last image."""
+    keys = ("kimg_from", "kimg_to", "resolution", "fading", "batch", "steps", "resets_adam")
     found = []
     for phase in schedule.phases:
         first, last = rates(config, phase, phase.nimg_from), rates(config, phase, phase.nimg_to - phase.batch)
         row: dict[str, float | int | bool] = {key: getattr(phase, key) for key in keys}
-        for name in ("r1_gamma", "r2_gamma"):
+        for name in RAMPED:
             row |= {name: getattr(first, name), f"{name}_end": getattr(last, name)}
         found.append(row)
     return found
@@ -236,16 +240,17 @@ def rows(schedule: Schedule, config: Config) -> list[dict[str, float | int | boo
 def table(schedule: Schedule, config: Config) -> str:
     """The same for people."""
     penalised = config.loss.kind != "wgan-gp"
-    heads = f"{'kimg':>17}  {'size':>9}  {'part':6}  {'batch':>5}  {'lr G':>7}  {'lr D':>7}  {'steps':>8}"
-    lines = [heads + (f"  {'R1':>15}  {'R2':>15}" if penalised else "") + "  Adam"]
+    names = RAMPED if penalised else RAMPED[:2]
+    heads = "".join(f"  {name:>19}" for name in ("lr G", "lr D", "R1", "R2")[: len(names)])
+    lines = [f"{'kimg':>17}  {'size':>9}  {'part':6}  {'batch':>5}  {'steps':>8}{heads}  Adam"]
     for p, row in zip(schedule.phases, rows(schedule, config), strict=True):
         line = (
             f"{f'{p.kimg_from:g} - {p.kimg_to:g}':>17}  {size_text(config.network.grid, p.resolution):>9}  "
-            f"{'fade' if p.fading else 'stable':6}  {p.batch:>5}  {p.lr_g:>7g}  {p.lr_d:>7g}  {p.steps:>8,}"
+            f"{'fade' if p.fading else 'stable':6}  {p.batch:>5}  {p.steps:>8,}"
         )
-        for name in ("r1_gamma", "r2_gamma") if penalised else ():
+        for name in names:
             first, last = row[name], row[f"{name}_end"]
-            line += f"  {f'{first:.4g}' if first == last else f'{first:.4g} - {last:.4g}':>15}"
+            line += f"  {f'{first:.4g}' if first == last else f'{first:.3g} - {last:.3g}':>19}"
         lines.append(f"{line}  {'starts anew' if p.resets_adam else 'goes on'}")
     lines.append(
         f"{sum(p.steps for p in schedule.phases):,} steps, {schedule.nimg_total:,} images, Adam starts "
@@ -264,8 +269,9 @@ def gamma_text(config: Config, resolution: int) -> str:
         return "R1 is given: no rule is known for the relativistic loss; R3GAN took 0.05 at 32², 2 at 64², 150 at 256²"
     return (
         f"R1 {'is' if config.loss.r1_gamma is None else 'is given; it would be'} by the rule {GAMMA_RULE:g} x pixels / "
-        f"batch ({ruled_gamma(config, resolution):.3g} in the last phase): a gradient's square is a sum over pixels, "
-        "and a larger batch needs less of it; then try 4 times as much, for few images, or a quarter"
+        f"batch ({ruled_gamma(config, resolution):.3g} in the last phase; made for the logistic loss): a gradient's "
+        "square is a sum over pixels, and a larger batch needs less of it; then try 4 times as much, for few images, "
+        "or a quarter"
     )
 
 

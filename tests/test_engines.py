@@ -410,11 +410,12 @@ def test_growth_releases_deepspeed_s_old_engines(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["style", "r3"])
+@pytest.mark.parametrize("family", FAMILY_WORDS)
 def test_a_checkpoint_of_any_engine_and_world_goes_on_with_any_other(
     family: str, tmp_path: Path, tiny: Path, labelled: Path, children: Children
 ) -> None:
-    words = (*FAMILY_WORDS[family], "--data.path", str(labelled), "--optim.eps", "1e-3", "--optim.lr", "0.01")
+    lr = "0.0005" if family == "dcgan" else "0.01"  # Else its batch statistics make large steps of rounding.
+    words = (*FAMILY_WORDS[family], "--data.path", str(labelled), "--optim.eps", "1e-3", "--optim.lr", lr)
     words += ("--schedule.reset_adam", "never")  # So that step counts differ from block to block.
     one, run = tmp_path / "one", tmp_path / "run"
     assert children.run(tmp_path / "log", train, str(tiny), str(one), *words)[0] == 0
