@@ -22,8 +22,8 @@ from hrgan.config import (
 )
 from hrgan.sizes import LONGEST, SHORTEST
 
-SIGNED = ("logistic", "hinge")
-"""Values of loss.kind under which the sign of D's logit says what D takes an image for."""
+SIGNED = ("logistic", "hinge", "relativistic")
+"""Values of loss.kind under which a sign says whether D is right: its logit's, or of a pair's difference."""
 
 
 def problems(config: Config) -> list[str]:
@@ -119,7 +119,7 @@ def _loss_problems(config: Config) -> list[str]:
 
 
 def _usual_strength(config: Config) -> str:
-    """The setting that the operations' paper has (of "ada" under a loss that says nothing by D's sign: R3GAN's)."""
+    """The setting that the operations' paper has (of "ada" under a loss without such a sign: R3GAN's)."""
     if {"diffaugment", *DIFFAUGMENT}.issuperset(config.augment.ops):
         return "1"
     return "augment.target: 0.6" if config.loss.kind in SIGNED else "ramp.augment: 0.3, with ramp.kimg"

@@ -199,7 +199,8 @@ class AugmentConfig:
     strength: float = 0.0
     """Probability from 0 to 1 with which each is done to an image; at the start, where a target adapts it."""
     target: float | None = None
-    """Adapt the strength until the mean sign of D on reals is this (ADA: 0.6, Karras et al. 2020); None: it stays."""
+    """Adapt the strength until the mean sign of D on reals is this (ADA: 0.6, Karras et al. 2020), or with loss.kind
+    relativistic that of D on reals less D on the fakes that they are paired with; None: it stays."""
     adapt_kimg: float = 500.0
     """Thousands of images in which an adapting strength goes from 0 to 1 at the fastest."""
     most: float = 0.8

@@ -424,9 +424,12 @@ def test_the_configuration_s_problems_are_named_with_what_is_near() -> None:
     assert found(ops=["rotate45"], strength=1.0).endswith("; nearest: rotate")
     nothing = "augment.strength: 0 does nothing; nearest:"
     relativistic = LossConfig("relativistic", r1_gamma=1.0)
-    assert found(ops=["ada"]) == f"{nothing} augment.target: 0.6"
+    assert found(ops=["ada"]) == found(relativistic, ops=["ada"]) == f"{nothing} augment.target: 0.6"
+    assert found(relativistic, ops=["ada"], target=0.6) == ""
+    wasserstein = LossConfig("wasserstein")
+    assert "augment.target: 0.6, but under loss.kind wasserstein" in found(wasserstein, ops=["ada"], target=0.6)
     assert found(ops=["color", "cutout"]) == found(relativistic, ops=["diffaugment"]) == f"{nothing} 1"
-    assert found(relativistic, ops=["ada"]) == f"{nothing} ramp.augment: 0.3, with ramp.kimg"
+    assert found(wasserstein, ops=["ada"]) == f"{nothing} ramp.augment: 0.3, with ramp.kimg"
     assert "augment.ops: empty" in found(target=0.6)
     assert "augment.strength: 1.5 is above the most, 1" in found(ops=["ada"], strength=1.5)
     assert "augment.strength: -0.5 is below the least, 0" in found(ops=["ada"], strength=-0.5)
