@@ -1,4 +1,4 @@
-"""The configuration: one frozen dataclass a topic, every check, YAML in and out.
+"""The configuration: one frozen dataclass a topic, keys and types checked (values: checks.py), YAML in and out.
 
 Fields that may differ by resolution take a number or a map {resolution: number}; a resolution that the map does not
 name takes the entry of the next lower one (see `at`).

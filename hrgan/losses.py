@@ -160,8 +160,8 @@ def finite_difference_penalty(
     is computed once more for g.
 
     This is the exact penalty's gradient to rounding where D is linear along the step: D must hold its kinks between its
-    calls (networks.layers.same_kinks). Where steps may cross the kinks of leaky ReLUs it is another gradient, at any h,
-    often the opposite one (docs/results). Where D bends otherwise, there is an error of the first order in h. A
+    calls (networks.derivatives.same_kinks). Where steps may cross the kinks of leaky ReLUs it is another gradient, at
+    any h, often the opposite one (docs/results). Where D bends otherwise, there is an error of the first order in h. A
     quotient along random noise has, squared, R1's expectation, too, but a gradient that is noise, 300 times as long.
     """
     if x.requires_grad:

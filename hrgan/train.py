@@ -30,7 +30,7 @@ from hrgan.metrics.extractor import Extractor, feature_size, make_extractor, oth
 from hrgan.metrics.source import reference
 from hrgan.monitor.log import RunLog
 from hrgan.monitor.meter import Meter
-from hrgan.networks.layers import Kinks, same_kinks
+from hrgan.networks.derivatives import Kinks, same_kinks
 from hrgan.noise import draw, local_rows, pixel_noise
 from hrgan.pictures import to_float
 from hrgan.run import (

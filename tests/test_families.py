@@ -22,7 +22,7 @@ from hrgan.networks import FAMILIES, full_precision, make_discriminator, make_ge
 from hrgan.networks import layers as L
 from hrgan.networks.dcgan import PICTURES, BatchNorm
 from hrgan.networks.r3 import ResidualBlock
-from hrgan.noise import draw
+from hrgan.noise import draw, keyed_seed
 from tests.conftest import Children
 from tests.test_train import train
 
@@ -42,7 +42,7 @@ def networks(
         for network in (g, d):
             for name, parameter in network.named_parameters():
                 if name.endswith("project.weight"):
-                    generator = torch.Generator().manual_seed(L.keyed_seed(name))
+                    generator = torch.Generator().manual_seed(keyed_seed(name))
                     nn.init.normal_(parameter, std=0.1, generator=generator)
     return g, d
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from hrgan.config import Config, NetworkConfig
+from hrgan.networks import derivatives as D
 from hrgan.networks import layers as L
 from hrgan.networks import make_discriminator, make_generator, multiplications
 from hrgan.networks.layers import sizes, width
@@ -74,14 +75,14 @@ def test_equalised_learning_rate_gives_unit_variance() -> None:
 
 
 def test_pixel_norm_gives_each_pixel_unit_mean_square() -> None:
-    x = L.pixel_norm(torch.randn(2, 16, 4, 4) * 37)
+    x = D.pixel_norm(torch.randn(2, 16, 4, 4) * 37)
     torch.testing.assert_close(x.square().mean(1), torch.ones(2, 4, 4))
 
 
 def test_pixel_norm_s_gradient_is_right() -> None:
     x = torch.randn(2, 5, 3, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(L.pixel_norm, (x,))
-    (mine,) = torch.autograd.grad((L.pixel_norm(x) ** 3).sum(), x)
+    assert torch.autograd.gradcheck(D.pixel_norm, (x,))
+    (mine,) = torch.autograd.grad((D.pixel_norm(x) ** 3).sum(), x)
     (theirs,) = torch.autograd.grad(((x / (x.square().mean(1, keepdim=True) + 1e-8).sqrt()) ** 3).sum(), x)
     torch.testing.assert_close(mine, theirs)
 
@@ -162,7 +163,7 @@ def test_a_convolution_and_its_first_and_second_derivatives_are_torch_s(
         of_alone = torch.autograd.grad(alone.square().sum(), arguments, materialize_grads=True, allow_unused=True)
         return [y, *first, *of_pixels, *of_others, alone, *of_alone]
 
-    found = values(L.convolve(x, weight, offset, padding, stride, groups, transposed))
+    found = values(D.convolve(x, weight, offset, padding, stride, groups, transposed))
     expected = values(theirs(x, weight, offset, stride=stride, padding=padding, groups=groups))
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
@@ -189,9 +190,9 @@ def test_a_penalty_s_inner_derivative_computes_no_gradient_of_weights() -> None:
 
 def test_a_leaky_relu_s_derivatives_are_torch_s() -> None:
     x = torch.randn(100, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(L.lrelu(x), F.leaky_relu(x, 0.2))
-    assert torch.autograd.gradcheck(L.lrelu, x)
-    assert torch.autograd.gradgradcheck(L.lrelu, x)
+    assert torch.equal(D.lrelu(x), F.leaky_relu(x, 0.2))
+    assert torch.autograd.gradcheck(D.lrelu, x)
+    assert torch.autograd.gradgradcheck(D.lrelu, x)
 
 
 @pytest.mark.parametrize("family", ["dcgan", "progan", "style", "r3"])
@@ -202,12 +203,12 @@ def test_a_network_whose_kinks_are_held_is_its_linear_approximation(family: str)
     for parameter in critic.parameters():  # What begins as zero, too.
         torch.nn.init.normal_(parameter)
     x, step = torch.randn(2, 4, 3, 16, 16, dtype=torch.float64)
-    kinks: L.Kinks = []
-    with L.same_kinks(kinks):
+    kinks: D.Kinks = []
+    with D.same_kinks(kinks):
         here = critic(x, None, 0.5)
-    with L.same_kinks(kinks):
+    with D.same_kinks(kinks):
         ahead = critic(x + step, None, 0.5)
-    with L.same_kinks(kinks):
+    with D.same_kinks(kinks):
         twice = critic(x + 2 * step, None, 0.5)
     torch.testing.assert_close(twice - here, 2 * (ahead - here), rtol=1e-9, atol=1e-9)
     again = x.clone().requires_grad_()
@@ -218,11 +219,11 @@ def test_a_network_whose_kinks_are_held_is_its_linear_approximation(family: str)
     slopes = [torch.autograd.grad(of, parameters, retain_graph=True, materialize_grads=True) for of in sums]
     for found, expected in zip(*slopes, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8 * float(expected.abs().max()) + 1e-9)
-    with L.same_kinks(kinks):
+    with D.same_kinks(kinks):
         far = critic(x + 10 * step, None, 0.5)
     torch.testing.assert_close(far - here, 10 * (ahead - here), rtol=1e-9, atol=1e-9)
     free = critic(x + 10 * step, None, 0.5)  # Outside, they are where they are.
     assert ((free - far).abs() > 0.01 * far.abs()).all()
-    with pytest.raises(StopIteration), L.same_kinks(kinks):
+    with pytest.raises(StopIteration), D.same_kinks(kinks):
         critic(x, None, 0.5), critic(x, None, 0.5)
     assert torch.equal(critic(x, None, 0.5), here)

@@ -23,7 +23,8 @@ from hrgan.config import (
 )
 from hrgan.engine import Engine, Net
 from hrgan.monitor.meter import D_VALUES, G_VALUES, Meter
-from hrgan.networks.layers import Kinks, downsample, upsample
+from hrgan.networks.derivatives import Kinks
+from hrgan.networks.layers import downsample, upsample
 from hrgan.noise import local_rows
 from hrgan.pictures import to_float
 from hrgan.schedule import make_schedule

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hrgan import noise as N
 from hrgan.config import Config, NetworkConfig
+from hrgan.networks import derivatives as D
 from hrgan.networks import layers as L
 from hrgan.networks import make_discriminator, make_generator
-from hrgan.networks.layers import filtered_downsample, filtered_upsample, latent_normal, sizes
+from hrgan.networks.derivatives import filtered_downsample, filtered_upsample
+from hrgan.networks.layers import sizes
 from hrgan.networks.style import ActivatedLinear, Conv, Discriminator, Generator, ResidualBlock, StyleLayer, ToRGB
+from hrgan.noise import latent_normal
 
 SMALL = Config(
     network=NetworkConfig(family="style", resolution=32, latent=8, widths=[8, 8, 6, 4], mapping_layers=2, mixing=0.5)
@@ -150,7 +154,7 @@ def test_resampling_equals_its_definition() -> None:
 
 def test_resampling_s_derivatives_are_right() -> None:
     x = torch.randn(2, 2, 4, 6, dtype=torch.float64, requires_grad=True)
-    for resample in (filtered_upsample, filtered_downsample, lambda y: L.filtered(y, 1), lambda y: L.filtered(y, 2)):
+    for resample in (filtered_upsample, filtered_downsample, lambda y: D.filtered(y, 1), lambda y: D.filtered(y, 2)):
         assert torch.autograd.gradcheck(resample, (x,))
         assert torch.autograd.gradgradcheck(lambda y, f=resample: f(y).square(), (x,))
 
@@ -261,7 +265,7 @@ def test_latent_normal_depends_on_its_row_s_bits_and_the_stream_alone() -> None:
 
 @pytest.mark.parametrize("bits", [0, -1])
 def test_latent_normal_is_finite_at_both_ends_of_the_hash(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(L, "_mix32_", lambda x, key: torch.full_like(x, bits))
+    monkeypatch.setattr(N, "_mix32_", lambda x, key: torch.full_like(x, bits))
     assert latent_normal(torch.randn(1, 8), 0, 4).abs().max() < 5.8
 
 

@@ -30,8 +30,7 @@ from hrgan.data.dataset import Dataset, open_dataset
 from hrgan.data.stream import read_range
 from hrgan.errors import DataError, UserError
 from hrgan.metrics.source import draw_labels
-from hrgan.networks.layers import keyed_seed
-from hrgan.noise import draw, latents
+from hrgan.noise import draw, keyed_seed, latents
 from hrgan.page import write_page
 from hrgan.pictures import to_array, to_float, to_rgb, to_uint8
 from hrgan.sizes import size_at, size_text

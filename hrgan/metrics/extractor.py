@@ -28,7 +28,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from hrgan.config import CLIP, DINOV2, RANDOM_EXTRACTORS, EvalConfig
 from hrgan.errors import UserError, one_line
-from hrgan.networks.layers import keyed_seed
+from hrgan.noise import keyed_seed
 from hrgan.pictures import to_rgb
 
 INCEPTION = "inception-v3-compat"

@@ -14,15 +14,14 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
 from hrgan.config import NetworkConfig
+from hrgan.networks.derivatives import earlier_input, lrelu
 from hrgan.networks.layers import (
     ClassEmbedding,
     at_least_float32,
     downsample,
-    earlier_input,
     joined,
     layout,
     logits_per_image,
-    lrelu,
     project,
     projection,
     rgb_sizes,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hrgan.config import NetworkConfig
+from hrgan.networks.derivatives import lrelu, pixel_norm
 from hrgan.networks.layers import (
     HE_GAIN,
     ClassEmbedding,
@@ -21,9 +22,7 @@ from hrgan.networks.layers import (
     layout,
     logits_of,
     logits_per_image,
-    lrelu,
     minibatch_stddev,
-    pixel_norm,
     projection,
     rgb_sizes,
     scaled_initial,

@@ -13,18 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from hrgan.config import NetworkConfig
+from hrgan.networks.derivatives import LRELU_SLOPE, filtered_downsample, filtered_upsample, lrelu
 from hrgan.networks.layers import (
-    LRELU_SLOPE,
     ClassEmbedding,
     Conv2d,
     at_least_float32,
     downsample,
-    filtered_downsample,
-    filtered_upsample,
     joined,
     layout,
     logits_per_image,
-    lrelu,
     project,
     projection,
     rgb_sizes,

@@ -15,29 +15,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hrgan.config import NetworkConfig
+from hrgan.networks.derivatives import convolve, filtered, filtered_downsample, filtered_upsample, lrelu, pixel_norm
 from hrgan.networks.layers import (
     HE_GAIN,
     ClassEmbedding,
     ScaledLinear,
-    convolve,
     downsample,
-    filtered,
-    filtered_downsample,
-    filtered_upsample,
     joined,
-    latent_normal,
     layout,
     logits_of,
     logits_per_image,
-    lrelu,
     minibatch_stddev,
-    pixel_norm,
     projection,
     rgb_sizes,
     scaled_initial,
     sizes,
     width,
 )
+from hrgan.noise import latent_normal
 
 MAPPING_LR = 0.01
 """Learning rate of the mapping network relative to the others'."""
