@@ -29,7 +29,7 @@ from hrgan.metrics.evaluation import Side, refuse_too_few, side
 from hrgan.metrics.extractor import Extractor, feature_size, make_extractor, other_weights, settle_weights
 from hrgan.metrics.source import reference
 from hrgan.monitor.log import RunLog
-from hrgan.monitor.meter import Meter
+from hrgan.monitor.meter import D_VALUES, G_VALUES, Meter
 from hrgan.networks.derivatives import Kinks, same_kinks
 from hrgan.noise import draw, local_rows, pixel_noise
 from hrgan.pictures import to_float
@@ -72,7 +72,9 @@ class Micro:
     """(n, augment.LENGTH) in [0, 1) for each of TWISTS: how its pictures are augmented; {} without augmentation."""
 
 
-TWISTS = ("real in d", "fake in d", "real in g", "fake in g")
+IN_D = ("real in d", "fake in d")
+TWISTS = (*IN_D, "real in g", "fake in g")
+"""What pictures are augmented for, each use with numbers of its own."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ ADAPT_EVERY = 4
 
 def d_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Tensor:
     """One update of D. Returns meter.D_VALUES: (8,) float32."""
-    net, sums = engine.discriminator, torch.zeros(6, device=engine.device)
+    net, sums = engine.discriminator, torch.zeros(len(D_VALUES) - 2, device=engine.device)
     with_slopes = takes_slopes(engine, config, now)
     differs = now.penalty and config.loss.penalty == "finite_difference" and config.loss.kind != "wgan-gp"
     for micro in micros:
@@ -116,7 +118,7 @@ def d_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Ten
         with torch.no_grad():
             made = engine.generator.module(micro.z_d, micro.labels, now.alpha)
         plain = micro.real.detach().requires_grad_(with_slopes[0]), made.requires_grad_(with_slopes[1])
-        real, fake = (twisted(engine, config, x, micro, place) for place, x in enumerate(plain))
+        real, fake = (twisted(engine, config, x, micro, use) for use, x in zip(IN_D, plain, strict=True))
         with engine.micro_step(net, last=micro is micros[-1]):
             real_out, fake_out = judged(config, net, real, fake, micro.labels, now.alpha, kinks)
             real_logits, fake_logits = real_out[:, :1], fake_out[:, :1]
@@ -136,16 +138,16 @@ def d_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Ten
 
 def g_step(engine: Engine, config: Config, micros: list[Micro], now: Now) -> Tensor:
     """One update of G through the frozen D. Returns meter.G_VALUES: (4,) float32."""
-    net, module, sums = engine.generator, engine.discriminator.module, torch.zeros(2, device=engine.device)
-    critic = module.requires_grad_(False)
+    net, sums = engine.generator, torch.zeros(len(G_VALUES) - 2, device=engine.device)
+    critic = engine.discriminator.module.requires_grad_(False)
     for micro in micros:
         with engine.micro_step(net, last=micro is micros[-1]):
             fake = net.wrapped(micro.z_g, micro.labels, now.alpha)
-            out = critic(twisted(engine, config, fake, micro, 3), micro.labels, now.alpha)
+            out = critic(twisted(engine, config, fake, micro, "fake in g"), micro.labels, now.alpha)
             real_logits = None
             if config.loss.kind == "relativistic":
                 with torch.no_grad():
-                    real = twisted(engine, config, micro.real, micro, 2)
+                    real = twisted(engine, config, micro.real, micro, "real in g")
                     real_logits = critic(real, micro.labels, now.alpha)[:, :1]
             loss = losses.adversarial_g(config.loss.kind, real_logits, out[:, :1]) + classified(config, out, micro)
             lengths = torch.zeros_like(loss)
@@ -202,12 +204,12 @@ def classified(config: Config, out: Tensor, micro: Micro) -> Tensor:
     return config.loss.class_weight * losses.class_loss(out[:, 1:], micro.labels)
 
 
-def twisted(engine: Engine, config: Config, images: Tensor, micro: Micro, place: int) -> Tensor:
-    """Pictures as D gets them: augmented, as the numbers of TWISTS[place] say."""
+def twisted(engine: Engine, config: Config, images: Tensor, micro: Micro, use: str) -> Tensor:
+    """Pictures as D gets them: augmented, as the numbers for their use, one of TWISTS, say."""
     if not micro.twists:
         return images
-    strength, numbers = engine.feedback["augment_strength"], micro.twists[TWISTS[place]]
-    return augment.augment(images, numbers, strength, augment.expanded(config.augment.ops))
+    strength = engine.feedback["augment_strength"]
+    return augment.augment(images, micro.twists[use], strength, augment.expanded(config.augment.ops))
 
 
 Pair = tuple[Tensor, Tensor]
@@ -229,15 +231,15 @@ def penalise(
     (see engine.py)."""
     module, loss, scale = engine.discriminator.module, config.loss, engine.discriminator.adam.scale
 
-    def critic(x: Tensor, around: Kinks | None = None, place: int = 0) -> Tensor:
+    def critic(x: Tensor, around: Kinks | None, use: str) -> Tensor:
         with same_kinks(around):
-            of_x: Tensor = module(twisted(engine, config, x, micro, place), micro.labels, now.alpha)[:, :1]
+            of_x: Tensor = module(twisted(engine, config, x, micro, use), micro.labels, now.alpha)[:, :1]
         return of_x
 
-    def penalised(penalty: losses.Penalty, x: Tensor, of_x: Tensor, around: Kinks | None, place: int = 0) -> Tensor:
+    def penalised(penalty: losses.Penalty, x: Tensor, of_x: Tensor, around: Kinks | None, use: str) -> Tensor:
         if loss.penalty == "exact":
             return losses.exact_penalty(penalty, of_x, x, scale)
-        of_pictures = partial(critic, around=around, place=place)
+        of_pictures = partial(critic, around=around, use=use)
         # All step equally far where they share a batch's statistics. Elsewhere each its own way: the rounding of a
         # micro-batch then does not hang on which others there are.
         shared = {"mean": engine.mean} if module.batch_statistics else {}
@@ -247,12 +249,13 @@ def penalise(
         x = torch.lerp(*images, micro.mix).detach().requires_grad_(engine.zero_stage != 3)
         around = None if loss.penalty == "exact" else Kinks()
         to_target = partial(losses.gradient_penalty, weight=loss.gp_lambda, target=loss.gp_target)
-        return penalised(to_target, x, critic(x, around), around)
+        between = IN_D[0]  # Augmented as the reals are.
+        return penalised(to_target, x, critic(x, around, between), around, between)
     total = images[0].new_zeros(())
     gammas = (now.rates.r1_gamma, now.rates.r2_gamma)
-    for place, (x, of_x, around, gamma) in enumerate(zip(images, logits, kinks, gammas, strict=True)):
+    for x, of_x, around, gamma, use in zip(images, logits, kinks, gammas, IN_D, strict=True):
         if gamma:
-            total = total + penalised(partial(losses.r1_penalty, gamma=gamma), x, of_x, around, place)
+            total = total + penalised(partial(losses.r1_penalty, gamma=gamma), x, of_x, around, use)
     return total
 
 
@@ -276,7 +279,8 @@ def feed_back(engine: Engine, config: Config, now: Now, d: Tensor, g: Tensor) ->
     state. d, g: what d_step and g_step returned. Nothing is read back to the host."""
     state, settings = engine.feedback, config.augment
     if settings.ops and settings.target is not None:
-        state["augment_signs"] += torch.stack([engine.mean(d[4:5])[0], torch.ones_like(d[4])])
+        sign = engine.mean(d[D_VALUES.index("sign_real"), None])
+        state["augment_signs"] += torch.cat([sign, torch.ones_like(sign)])
         if now.adapts:
             signs, steps = state["augment_signs"].unbind()
             strength, images = state["augment_strength"], ADAPT_EVERY * engine.phase.batch
@@ -284,7 +288,8 @@ def feed_back(engine: Engine, config: Config, now: Now, d: Tensor, g: Tensor) ->
             strength.copy_(augment.adapted(strength, signs / steps, *changed))
             state["augment_signs"].zero_()
     if now.path:
-        mean = torch.lerp(state["path_mean"], engine.mean(g[1:2]), config.loss.path_decay)
+        lengths = engine.mean(g[G_VALUES.index("path_length"), None])
+        mean = torch.lerp(state["path_mean"], lengths, config.loss.path_decay)
         state["path_mean"].copy_(torch.where(mean.isfinite(), mean, state["path_mean"]))
 
 

@@ -28,7 +28,7 @@ from hrgan.networks.layers import downsample, upsample
 from hrgan.noise import local_rows
 from hrgan.pictures import to_float
 from hrgan.schedule import make_schedule
-from hrgan.train import d_step, judged, micro_size, moment, one_step, penalise, prepare_step, twisted
+from hrgan.train import IN_D, d_step, judged, micro_size, moment, one_step, penalise, prepare_step, twisted
 
 SMALL = Config(
     network=NetworkConfig(resolution=8, latent=8, widths=[8, 8]),
@@ -169,14 +169,14 @@ def test_a_penalty_s_gradient_is_its_definition_s(
     for micro in micros:
         fake = engine.generator.module(micro.z_d, None, now.alpha).detach()
 
-        def judge(x: torch.Tensor, place: int) -> torch.Tensor:
-            of_x: torch.Tensor = critic(twisted(engine, config, x, micro, place), None, now.alpha)  # noqa: B023
+        def judge(x: torch.Tensor, use: str) -> torch.Tensor:
+            of_x: torch.Tensor = critic(twisted(engine, config, x, micro, use), None, now.alpha)  # noqa: B023
             return of_x
 
-        total = losses.relativistic_d(judge(micro.real, 0), judge(fake, 1))
-        for place, (images, gamma) in enumerate(zip((micro.real, fake), gammas, strict=True)):
+        total = losses.relativistic_d(judge(micro.real, IN_D[0]), judge(fake, IN_D[1]))
+        for use, images, gamma in zip(IN_D, (micro.real, fake), gammas, strict=True):
             x = images.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(judge(x, place).sum(), x, create_graph=True)
+            (slope,) = torch.autograd.grad(judge(x, use).sum(), x, create_graph=True)
             total = total + now.penalty * gamma / 2 * slope.square().sum((1, 2, 3)).mean()
         for name, gradient in _gradients(critic, total / len(micros)).items():
             expected[name] = expected.get(name, torch.zeros_like(gradient)) + gradient
@@ -210,7 +210,7 @@ def test_finite_differences_pass_each_side_s_own_augmentation() -> None:
     micro = prepare_step(engine, exact, engine.phase, 128, images)[0]
     now = moment(exact, engine.phase, 128)
     sides = [x.detach().requires_grad_() for x in (micro.real, torch.rand_like(micro.real))]
-    real, fake = (twisted(engine, exact, x, micro, place) for place, x in enumerate(sides))
+    real, fake = (twisted(engine, exact, x, micro, use) for use, x in zip(IN_D, sides, strict=True))
     kinks: tuple[Kinks, Kinks] = ([], [])
     logits = judged(exact, engine.discriminator, real, fake, None, now.alpha, kinks)
     found, expected = (
