@@ -112,6 +112,11 @@ def test_bench_step_takes_the_sizes_and_precisions_that_are_asked_for(
     assert cli(*words, "--resolutions", "[8]", "--precisions", "[bf16]") == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["resolution"], row["precision"]) for row in rows] == [(8, "bf16")]
+    assert cli(*words, "--resolutions", "[8]", "--precisions", "[bf16]", "--loss.gp_every", "2") == 0
+    lazy = json.loads(capsys.readouterr().out)
+    more = rows[0]["penalty_operations"] - 1  # WGAN-GP takes one more pass of D, forward, backward and backward again.
+    assert 0.3 < more < 0.7
+    assert lazy[0]["penalty_operations"] - 1 == pytest.approx(more / 2)
     assert cli(*words, "--resolutions", "[300]") == 2
     assert "--resolutions: [300] are none of the run's, [4, 8, 16]" in capsys.readouterr().err
 

@@ -56,7 +56,8 @@ def bench_step(
     precisions: Sequence[Precision] = (),
 ) -> list[Row]:
     """A row for each resolution (of `sizes`, where some are given) and precision (without any: float32, and bf16 where
-    the device has it): img_per_sec of the whole step; the shares of D, G, penalty, EMA and data in it; matmul_share,
+    the device has it): img_per_sec of the whole step; the shares of D, G, penalty, EMA and data in it; penalty_cost and
+    penalty_operations, its time, and its counted operations, over those of a step without penalties; matmul_share,
     what its convolutions and products reach of the rate at which this process multiplies large matrices in that
     precision; memory_gb, the most that it held on the GPU (null without one). Batches come from the loader where
     data.path holds a set, else from memory. with_saves: also what checkpoints and looks for a reason to stop take of a
@@ -183,6 +184,7 @@ def _measure(engine: Engine, config: Config, phase: Phase, seconds: float) -> Ro
         "img_per_sec": phase.batch / step,
         "step_ms": step * 1000,
         "penalty_cost": step / plain_step,
+        "penalty_operations": operations / sum(counted[0]),
         "matmul_share": operations / step / _matmul_rate(engine, seconds / 16),
         "memory_gb": memory,
         "share": {name: value / step for name, value in each.items()},
@@ -296,6 +298,7 @@ def print_table(rows: list[Row]) -> None:
         "EMA",
         "data",
         "x no penalty",
+        "in operations",
         "of matmul",
         "GB",
         "reals",
@@ -311,7 +314,8 @@ def print_table(rows: list[Row]) -> None:
         if overhead:
             ends = [f"{row['save_seconds']:.3f}", f"{row['look_seconds'] * 1000:.3f}", f"{row['overhead']:.3%}"]
         limits = [f"{row['matmul_share']:.0%}", "-" if row["memory_gb"] is None else f"{row['memory_gb']:.1f}"]
-        cells = [*speed, *shares, f"{row['penalty_cost']:.2f}", *limits, row["reals"], ratio, *ends]
+        costs = [f"{row[name]:.2f}" for name in ("penalty_cost", "penalty_operations")]
+        cells = [*speed, *shares, *costs, *limits, row["reals"], ratio, *ends]
         table.add_row(f"{row['resolution']}²", row["precision"], *cells)
     Console(width=140).print(table)
     if overhead:
