@@ -20,7 +20,7 @@ from torch import Tensor
 from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from hrgan.apps.evaluate import Settings, evaluate_pair
-from hrgan.config import Config, DataConfig, EvalConfig, NetworkConfig
+from hrgan.config import AugmentConfig, Config, DataConfig, EvalConfig, NetworkConfig
 from hrgan.data.build import build
 from hrgan.data.dataset import Dataset, open_dataset, open_set
 from hrgan.data.stream import read_range
@@ -230,6 +230,13 @@ def test_every_metric_equals_torch_fidelity_s_own_on_one_and_on_two_processes(
             found = row[f"{plain.get(ours, ours)}{suffix[ours]}" if ours in suffix else ours]
             assert found == pytest.approx(theirs[key], rel=1e-3), (ours, world)
         assert (row["num_fake"], row["num_real"], row["extractor"]) == (23, 29, full)
+
+
+def test_what_a_training_is_refused_for_does_not_keep_its_checkpoints_from_being_measured() -> None:
+    trained = Config(augment=AugmentConfig(ops=["rotate90"], strength=1.0))  # From before that was refused.
+    assert Settings(count=8).of(trained).eval.num_fake == 8
+    with pytest.raises(UserError, match=r"eval\.kid_subset_size: 1 is below the least, 2"):
+        Settings(kid_subset_size=1).of(trained)
 
 
 def lengths(shards: str, out: str) -> int:

@@ -75,7 +75,8 @@ class Settings:
         data = replace(config.data, path=self.data or config.data.path)
         data = replace(data, workers=self.workers) if self.workers is not None else data
         found = replace(config, data=data, eval=replace(config.eval, **changes))
-        refuse(problems(found), "hrgan eval")
+        # How a checkpoint was trained is no question any more.
+        refuse(problems(Config(data=found.data, eval=found.eval)), "hrgan eval")
         return found
 
     def check(self) -> None:
