@@ -3,7 +3,7 @@ and of DiffAugment (Zhao et al. 2020, arXiv 2006.10738), and ADA's control of th
 
 Reals and fakes, in D's step and in G's, pass through the same operations with the same strength. G does not learn to
 draw ADA's augmentations (they do not leak) while the strength is below about 0.8, so that enough pictures of each kind
-stay as they are; DiffAugment's may always happen, as what they do tells how a picture was before.
+stay as they are; DiffAugment's paper always does its own.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ def adapted(strength: Tensor, sign_mean: Tensor, target: float, images: int, kim
     """ADA's next strength: up by images / (1000 kimg) where sign_mean > target (D overfits), down where it is below,
     within [0, most].
 
-    strength, sign_mean: () or (1,) float32 on the device, where the result stays; sign_mean: the mean of sign(D(real))
-    since the last change, `images` the reals shown since then. The paper: target 0.6, 500 kimg, every 4 steps.
+    strength, sign_mean: () or (1,) float32 on the device, where the result stays; sign_mean: the mean of sign(D(real)),
+    or of pairs (train.signs), since the last change, `images` the reals shown since then. The paper: target 0.6, 500
+    kimg, every 4 steps.
     """
     return (strength + torch.sign(sign_mean - target) * (images / (1000 * kimg))).clamp(0, most)
 

@@ -33,7 +33,6 @@ def problems(config: Config) -> list[str]:
         *_batch_problems(config),
         *_loss_problems(config),
         *_augment_problems(config),
-        *_ramp_problems(config),
         *_family_problems(config),
         *_eval_problems(config),
         *_source_problems(config),
@@ -119,7 +118,7 @@ def _loss_problems(config: Config) -> list[str]:
 
 
 def _usual_strength(config: Config) -> str:
-    """The setting that the operations' paper has (of "ada" under a loss without such a sign: R3GAN's)."""
+    """What the operations' paper has: DiffAugment's, ADA's (also for the sign of pairs), else R3GAN's."""
     if {"diffaugment", *DIFFAUGMENT}.issuperset(config.augment.ops):
         return "1"
     return "augment.target: 0.6" if config.loss.kind in SIGNED else "ramp.augment: 0.3, with ramp.kimg"
@@ -131,34 +130,29 @@ def _augment_problems(config: Config) -> list[str]:
         if op not in names:
             near = difflib.get_close_matches(op, names, 1, 0)[0]
             found.append(f"augment.ops: {op} is none of {', '.join(names)}; nearest: {near}")
-    if augment.ops and augment.strength == 0 and augment.target is None and not config.ramp.augment:
+    rises = bool(config.ramp.kimg and config.ramp.augment)
+    if augment.ops and augment.strength == 0 and augment.target is None and not rises:
         found.append(f"augment.strength: 0 does nothing; nearest: {_usual_strength(config)}")
-    if not augment.ops and (augment.strength > 0 or augment.target is not None or config.ramp.augment):
-        found.append(
-            "augment.ops: empty, but augment.strength, augment.target or ramp.augment is given; nearest: [ada] or "
-            "[diffaugment]"
-        )
-    if augment.target is not None or {"ada", *ADA}.intersection(augment.ops):
-        for key, strength in (("augment.strength", augment.strength), ("ramp.augment", config.ramp.augment)):
-            if strength is not None and augment.most < strength <= 1:
-                near = f"{augment.most:g}"
-                found.append(f"{key}: {strength:g} is above augment.most, where G draws what is done; nearest: {near}")
+    if not augment.ops and (augment.strength > 0 or augment.target is not None):
+        found.append("augment.ops: empty, so that nothing has a strength or a target; nearest: [ada] or [diffaugment]")
+    if augment.target is not None and augment.most < augment.strength <= 1:
+        found.append(f"augment.strength: {augment.strength:g} is above augment.most; nearest: {augment.most:g}")
     if augment.target is not None and config.ramp.augment is not None:
         found.append("ramp.augment: given, but augment.target adapts the strength; nearest: null")
     return found
 
 
-def _ramp_problems(config: Config) -> list[str]:
-    """What a ramp leads to is reached at ramp.kimg."""
-    if config.ramp.kimg != 0:
-        return []
-    plain, wanted = asdict(RampConfig()), asdict(config.ramp)
-    return [
-        f"ramp.{key}: {value:g}, but ramp.kimg is 0, so that nothing changes; nearest: ramp.kimg "
-        f"{config.schedule.total_kimg:g}"
-        for key, value in wanted.items()
-        if value != plain[key]
-    ]
+def cautions(config: Config) -> list[str]:
+    """What is allowed and hardly meant, a line each."""
+    augment, ramp, found = config.augment, config.ramp, []
+    strongest = max(augment.strength, ramp.augment or 0.0 if ramp.kimg else 0.0)
+    if {"ada", *ADA}.intersection(augment.ops) and strongest > augment.most:
+        found.append(f"augmentation gets a strength of {strongest:g}: above {augment.most:g} G draws what ADA does")
+    plain, given = asdict(RampConfig()), asdict(ramp)
+    idle = [f"ramp.{key}" for key in given if given[key] != plain[key]]
+    if idle and ramp.kimg == 0:
+        found.append(f"{', '.join(idle)}: nothing changes while ramp.kimg is 0")
+    return found
 
 
 def _family_problems(config: Config) -> list[str]:

@@ -95,11 +95,14 @@ def data_check(args: Namespace) -> None:
 
 
 def schedule(args: Namespace) -> None:
+    from hrgan.checks import cautions
     from hrgan.schedule import make_schedule, rows, table
 
     config = args.configuration
     plan = make_schedule(config)
     print(json.dumps(rows(plan, config), indent=1) if args.json else table(plan, config))
+    for line in cautions(config):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 def train(args: Namespace) -> None:

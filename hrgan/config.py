@@ -204,8 +204,7 @@ class AugmentConfig:
     adapt_kimg: float = 500.0
     """Thousands of images in which an adapting strength goes from 0 to 1 at the fastest."""
     most: float = 0.8
-    """Largest strength; from about there on augmentations leak into what G draws, but for DiffAugment's, which may have
-    any where no target adapts it."""
+    """Largest strength that adapting reaches; from about there on ADA's augmentations leak into what G draws."""
 
 
 @dataclass(frozen=True)

@@ -353,13 +353,13 @@ class Engine:
         for average, buffer in zip(self.ema.buffers(), self.generator.module.buffers(), strict=True):
             average.copy_(buffer)
 
-    def settle_ema(self, alpha: float) -> None:
+    def settle_ema(self) -> None:
         """Give averaged weights batch statistics of their own, before anyone sees the EMA. All processes must call
         it."""
         averages = self.config.optim.ema_kimg or self.config.ramp.ema_kimg
-        if not averages or not hasattr(self.ema, "measure_statistics"):
+        if not averages or not self.discriminator.module.batch_statistics:
             return
-        self.ema.measure_statistics(alpha)
+        self.ema.measure_statistics()
         if self.world > 1:  # Convolutions of a GPU may round otherwise on each.
             for buffer in self.ema.buffers():
                 dist.broadcast(buffer, 0)

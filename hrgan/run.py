@@ -169,7 +169,6 @@ def at_lr(phase: Phase, scale: float) -> Phase:
 def between_steps(run: Run, phase: Phase, nimg: int, due: Due, stop: str | None) -> None:
     """Tick, sample grid, evaluation and checkpoint, in this order. With a reason to stop, which may come during the
     evaluation too: save, and raise Stopped. An evaluation that was left out is made on the way on."""
-    run.engine.settle_ema(phase.alpha(nimg))
     end_tick(run, phase, nimg, hurried=stop is not None)
     if due.samples:
         run.engine.on_main(lambda: save_samples(run, phase, nimg))
@@ -213,6 +212,7 @@ def end_tick(run: Run, phase: Phase, nimg: int, *, hurried: bool = False) -> Non
         bad_samples=bad_samples,
     )
     in_a_row = row.pop("skipped_in_a_row")
+    engine.settle_ema()  # For all that comes between steps; after the tick's time was taken.
     waits = engine.gather(row["data_wait"])
     warn_of_waiting(run, phase, waits)
     seconds = engine.mean(torch.tensor([row["sec_per_kimg"] * phase.batch / 1000], device=engine.device)).item()
@@ -464,6 +464,7 @@ def make_up_evaluation(run: Run, state: State) -> State:
     nimg = run.progress.nimg
     phase = run.schedule.at(nimg - 1)
     run.engine.enter(at_lr(phase, run.progress.lr_scale), state)
+    run.engine.settle_ema()
     try:
         measure(run, phase, nimg, last=nimg >= run.schedule.nimg_total)
     except Stopped as stopped:

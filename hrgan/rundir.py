@@ -75,6 +75,13 @@ def with_values(config: Config, dataset: Dataset) -> Config:
     return replace(config, data=data, network=replace(config.network, classes=classes))
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a run directory holds anything that a training made."""
+    log = folder / "log.jsonl"
+    rows = log.exists() and log.stat().st_size > 0
+    return rows or bool(checkpoint.numbered(folder)) or (folder / "FINISHED").exists()
+
+
 def begun_precision(folder: Path) -> Precision | None:
     """What the run in a folder computes in, of what `precision: auto` may be: never fp16, which not every launch takes.
     None where there is none, or none that can be read (`open_run` says so)."""
@@ -82,7 +89,7 @@ def begun_precision(folder: Path) -> Precision | None:
         found = read_yaml(folder / "config.yaml").get("precision")
     except UserError:
         return None
-    return found if found in ("float32", "bf16") else None
+    return found if has_begun(folder) and found in ("float32", "bf16") else None
 
 
 def open_run(folder: Path, config: Config, dataset: Dataset, say: Callable[[str], None]) -> Path | None:
@@ -144,8 +151,8 @@ def _reopen(folder: Path, config: Config, dataset: Dataset, say: Callable[[str],
             f"{folder}: written by run format {version}, this hrgan reads {checkpoint.FORMAT}; use the "
             "hrgan that wrote it or another --run"
         )
-    # Without a checkpoint nothing is gone on with: what was refused, or killed early, may be asked for otherwise.
-    begun = bool(checkpoint.numbered(folder))
+    # What was refused, or killed before its first tick, may be asked for otherwise.
+    begun = has_begun(folder)
     changed = differences(from_dict(read_yaml(folder / "config.yaml")), config) if begun else []
     if changed:
         raise UserError(

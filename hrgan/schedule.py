@@ -282,7 +282,7 @@ def ramp_text(config: Config) -> str:
     for name, start, end in (
         ("beta2", optim.beta2, ramp.beta2),
         ("ema_kimg", optim.ema_kimg, ramp.ema_kimg),
-        ("augment.strength", config.augment.strength, ramp.augment),
+        ("augment.strength", config.augment.strength, ramp.augment if config.augment.ops else None),
     ):
         if end is not None:
             parts.append(f"{name} {start:g} to {end:g}")

@@ -18,7 +18,7 @@ from torch import Tensor
 from hrgan import augment, losses
 from hrgan.adopt import adopted
 from hrgan.checkpoint import Progress
-from hrgan.checks import world_problems
+from hrgan.checks import cautions, world_problems
 from hrgan.checkup import Checkup, faded, open_held_out
 from hrgan.config import CHUNK, Config, at, refuse
 from hrgan.data import stream
@@ -420,6 +420,8 @@ def train(config: Config, folder: Path) -> None:
                 f"{dataset.num_samples:,} images, "
                 f"{engine.world} x {engine.device.type} ({engine.name}), {config.precision}, {extractor.called('fd')}"
             )
+            for line in cautions(config):
+                run.say(f"warning: {line}")
             if config.precision == "bf16" and not engine.has_bf16:
                 run.say("precision: bf16 is emulated here, several times as slowly as float32; begin a run with auto")
             if config.cuda_graphs and not engine.can_record:
@@ -487,7 +489,6 @@ def run_phase(run: Run, phase: Phase, state: State | None) -> State:
         if due.tick or stop:
             between_steps(run, phase, nimg, due, stop)
             meter.restart()
-    engine.settle_ema(phase.alpha(nimg))
     return engine.state()
 
 

@@ -186,20 +186,11 @@ def test_batches_must_divide_over_the_processes() -> None:
         ),
         ({"network": {"grow": False}, "schedule": {"start_resolution": 128}}, []),  # Then it starts at 64.
         (
-            {"ramp": {"lr": 0.1}},
-            ["ramp.lr: 0.1, but ramp.kimg is 0, so that nothing changes; nearest: ramp.kimg 600"],
+            {"ramp": {"augment": 0.3}, "augment": {"ops": ["ada"]}},  # Without ramp.kimg.
+            ["augment.strength: 0 does nothing; nearest: augment.target: 0.6"],
         ),
-        (
-            {"ramp": {"augment": 0.3}, "augment": {"ops": ["ada"]}},
-            ["ramp.augment: 0.3, but ramp.kimg is 0, so that nothing changes; nearest: ramp.kimg 600"],
-        ),
-        (
-            {"ramp": {"kimg": 5, "augment": 0.3}},
-            [
-                "augment.ops: empty, but augment.strength, augment.target or ramp.augment is given; nearest: [ada] or "
-                "[diffaugment]"
-            ],
-        ),
+        ({"ramp": {"kimg": 0, "lr": 0.1}}, []),  # As a preset's ramps are turned off.
+        ({"ramp": {"kimg": 5, "augment": 0.3}}, []),  # As its augmentation.
     ],
 )
 def test_one_mistake_is_one_problem(words: dict[str, dict[str, object]], expected: list[str]) -> None:
@@ -207,6 +198,20 @@ def test_one_mistake_is_one_problem(words: dict[str, dict[str, object]], expecte
     for topic, values in words.items():
         tree[topic] = tree.get(topic, {}) | values
     assert problems(from_dict(tree)) == expected
+
+
+def test_what_is_hardly_meant_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*words: str) -> str:
+        assert cli("schedule", "--config", "configs/clothing-64.yaml", *words) == 0
+        return capsys.readouterr().err
+
+    assert said() == said("--augment.ops", "[ada]", "--augment.strength", "0.8") == ""
+    assert said("--augment.ops", "[diffaugment]", "--augment.strength", "1") == ""
+    leak = "warning: augmentation gets a strength of 1: above 0.8 G draws what ADA does\n"
+    assert said("--augment.ops", "[rotate90]", "--augment.strength", "1") == leak
+    assert said("--augment.ops", "[ada]", "--ramp.kimg", "5", "--ramp.augment", "1") == leak
+    idle = "warning: ramp.lr, ramp.beta2: nothing changes while ramp.kimg is 0\n"
+    assert said("--ramp.lr", "0.1", "--ramp.beta2", "0.9") == idle
 
 
 def test_only_fields_that_cannot_alter_the_learning_may_change() -> None:

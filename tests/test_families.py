@@ -241,7 +241,7 @@ def test_averaged_weights_are_given_the_statistics_of_their_own_pictures(classes
         expected = g(z, labels, 0.3)  # By the batch's own statistics: it is in training.
         g.eval()
         assert (g(z, labels, 0.3) - expected).abs().mean() > 0.02
-        g.measure_statistics(0.3)
+        g.measure_statistics()
         assert not g.training
         # The unbiased variance of the 4,096 numbers or more, or another sum of them.
         torch.testing.assert_close(g(z, labels, 0.3), expected, atol=0.02, rtol=0)
@@ -257,9 +257,9 @@ def test_a_checkpoint_of_averaged_weights_has_their_own_statistics(
     code, output = children.run(tmp_path / "log", train, str(tiny), str(tmp_path / "run"), *words, world=world)
     assert code == 0, output
     for folder in numbered(tmp_path / "run"):
-        averaged, alpha, *_ = load_generator(folder, True, torch.device("cpu"), as_trained=True)
+        averaged, *_ = load_generator(folder, True, torch.device("cpu"), as_trained=True)
         found = {name: buffer.clone() for name, buffer in averaged.named_buffers()}
-        averaged.measure_statistics(alpha)  # type: ignore[operator]
+        averaged.measure_statistics()  # type: ignore[operator]
         for name, buffer in averaged.named_buffers():
             assert torch.equal(found[name], buffer), (folder.name, name)
 

@@ -233,7 +233,7 @@ def test_every_metric_equals_torch_fidelity_s_own_on_one_and_on_two_processes(
 
 
 def test_what_a_training_is_refused_for_does_not_keep_its_checkpoints_from_being_measured() -> None:
-    trained = Config(augment=AugmentConfig(ops=["rotate90"], strength=1.0))  # From before that was refused.
+    trained = Config(augment=AugmentConfig(ops=["rotate90"]))  # Refused today: it does nothing.
     assert Settings(count=8).of(trained).eval.num_fake == 8
     with pytest.raises(UserError, match=r"eval\.kid_subset_size: 1 is below the least, 2"):
         Settings(kid_subset_size=1).of(trained)

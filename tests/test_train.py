@@ -608,6 +608,7 @@ def test_a_finished_run_goes_on_when_it_is_made_longer(
         ),
         ("", ("--network.channels", "1"), 2, "network.channels: 1, but"),
         ("", ("--data.path", "/nowhere"), 4, "/nowhere"),
+        ("no checkpoint", ("--optim.lr", "0.5"), 2, "0.5 asked for"),  # A log and FINISHED are worth keeping.
         ("version", (), 2, "written by run format 0, this hrgan reads 1"),
         ("foreign", (), 2, "not a run of this hrgan"),
         ("every checkpoint", (), 2, "no checkpoint can be used (160: manifest.json is missing"),
@@ -627,6 +628,8 @@ def test_a_run_that_cannot_go_on_says_why_in_one_line(
     shutil.copytree(run, copy)
     if damage == "version":
         (copy / "environment.json").write_text(json.dumps({"run_format": 0}))
+    if damage == "no checkpoint":
+        shutil.rmtree(copy / "checkpoints")
     if damage == "foreign":
         (copy / "environment.json").unlink()
     if damage == "every checkpoint":

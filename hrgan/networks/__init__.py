@@ -1,6 +1,6 @@
 """The families of networks: one file each. A family has `Generator` and `Discriminator`, built for one resolution,
 fading or stable, with `initial` for their weights. A D says in `batch_statistics` whether its logits hang on the whole
-batch, and each of its layers that is not linear (derivatives.lrelu, layers.minibatch_stddev) asks
+batch, and each of its layers that is not linear (derivatives.lrelu, layers.minibatch_stddev, dcgan.BatchNorm) asks
 derivatives.earlier_input once a pass, so that finite differences can hold its kinks. A G with running statistics has
 `measure_statistics`, for averaged weights."""
 

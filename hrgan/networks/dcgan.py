@@ -165,20 +165,23 @@ class Generator(nn.Module):
         return upsample(images)
 
     @torch.no_grad()
-    def measure_statistics(self, alpha: float) -> None:
-        """Make the running statistics those of PICTURES pictures of its own, always the same ones, of as many of each
-        class. Averaged weights need it: with the statistics of those that they are the average of, they draw pale
-        pictures."""
+    def measure_statistics(self) -> None:
+        """Make the running statistics those of PICTURES pictures of its own or more, always the same ones, as evenly of
+        all classes as they are generated. Averaged weights need it: with the statistics of those that they are the
+        average of, they draw pale pictures."""
         device, norms = self.first.weight.device, [m for m in self.modules() if isinstance(m, BatchNorm)]
-        z = draw(torch.randn, (PICTURES, self.latent), "batch statistics").to(device)
-        labels = torch.arange(PICTURES, device=device) % self.classes if self.classes else None
+        count = max(PICTURES, 2 * self.classes)
+        z = draw(torch.randn, (count, self.latent), "batch statistics").to(device)
+        labels = torch.arange(count, device=device) % self.classes if self.classes else None
         before = self.training
-        for norm in norms:
-            norm.measuring = True
-        self.train()(z, labels, alpha)
-        for norm in norms:
-            norm.measuring = False
-        self.train(before)
+        try:
+            for norm in norms:
+                norm.measuring = True
+            self.train()(z, labels, 1.0)  # A fade mixes pictures, after the last normalisation.
+        finally:
+            for norm in norms:
+                norm.measuring = False
+            self.train(before)
 
     def forward(self, z: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
         """Images. `alpha` in [0, 1] is the weight of the new resolution in a fade; `labels`: (N,) int64, None without
