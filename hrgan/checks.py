@@ -35,7 +35,7 @@ def problems(config: Config) -> list[str]:
         *_augment_problems(config),
         *_family_problems(config),
         *_eval_problems(config),
-        *_source_problems(config),
+        *_init_from_problems(config),
         *_range_problems(config),
     ]
 
@@ -190,7 +190,7 @@ def _eval_problems(config: Config) -> list[str]:
     return found
 
 
-def _source_problems(config: Config) -> list[str]:
+def _init_from_problems(config: Config) -> list[str]:
     source = config.init_from
     if source is None or (source.strip() and "://" not in source):
         return []
