@@ -15,6 +15,7 @@ from hrgan.config import (
     EVAL_METRICS,
     EXTRACTORS,
     Config,
+    NetworkConfig,
     RampConfig,
     at,
     leaves,
@@ -24,6 +25,10 @@ from hrgan.sizes import LONGEST, SHORTEST
 
 SIGNED = ("logistic", "hinge", "relativistic")
 """Values of loss.kind under which a sign says whether D is right: its logit's, or of a pair's difference."""
+
+
+OWN = {"style": ("mapping_layers", "mixing", "noise"), "r3": ("blocks", "group_size")}
+"""Fields of `network` that one family alone reads."""
 
 
 def problems(config: Config) -> list[str]:
@@ -152,6 +157,11 @@ def cautions(config: Config) -> list[str]:
     idle = [f"ramp.{key}" for key in given if given[key] != plain[key]]
     if idle and ramp.kimg == 0:
         found.append(f"{', '.join(idle)}: nothing changes while ramp.kimg is 0")
+    default, network = NetworkConfig(), config.network
+    for family, names in OWN.items():
+        unread = [f"network.{name}" for name in names if getattr(network, name) != getattr(default, name)]
+        if unread and family != network.family:
+            found.append(f"{', '.join(unread)}: only {family} reads this, and network.family is {network.family}")
     return found
 
 

@@ -699,10 +699,15 @@ def exit_code(argv: list[str] | None) -> int:
     """Run a command, and say what ended it."""
     try:
         run_command(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
         return 0
     except HrganError as error:
         print(error if isinstance(error, Stopped) else f"hrgan: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Else Python tries again, with a traceback, when it ends.
+        print("hrgan: nobody reads the output any more", file=sys.stderr)
+        return 141
     except OSError as error:
         refusal = refused_by_system(error)
         print(f"hrgan: {refusal}", file=sys.stderr)

@@ -245,3 +245,12 @@ def test_imports_point_down_only() -> None:
                 parts = (node.module or "").split(".")
                 for name in [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]:
                     assert floor[name] <= floor[own], f"{path}: imports {name}"
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    words = [sys.executable, "-m", "hrgan", "schedule", "--config", "configs/clothing-64.yaml"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(words, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "hrgan: nobody reads the output any more\n")
