@@ -161,7 +161,7 @@ def cautions(config: Config) -> list[str]:
     for family, names in OWN.items():
         unread = [f"network.{name}" for name in names if getattr(network, name) != getattr(default, name)]
         if unread and family != network.family:
-            found.append(f"{', '.join(unread)}: only {family} reads this, and network.family is {network.family}")
+            found.append(f"{', '.join(unread)}: read by {family} only, and network.family is {network.family}")
     return found
 
 

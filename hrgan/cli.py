@@ -6,8 +6,10 @@ import difflib
 import json
 import os
 import platform
+import select
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -692,26 +694,43 @@ def main(argv: list[str] | None = None) -> int:
         partial = Path(f"{file}.{os.getpid()}-{platform.node()}")  # All processes of a training write the same.
         partial.write_text(f"{code}\n")
         os.replace(partial, file)
+    if nobody_reads():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Else Python fails on what is left to write.
     return code
+
+
+def nobody_reads() -> bool:
+    """Whether the output goes into a pipe whose other end is closed, as `| head` does."""
+    try:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+    except (ValueError, OSError, TypeError):  # There is none, or one without a file.
+        return False
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def exit_code(argv: list[str] | None) -> int:
     """Run a command, and say what ended it."""
     try:
         run_command(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
         return 0
     except HrganError as error:
-        print(error if isinstance(error, Stopped) else f"hrgan: {error}", file=sys.stderr)
+        complain(str(error) if isinstance(error, Stopped) else f"hrgan: {error}")
         return error.exit_code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Else Python tries again, with a traceback, when it ends.
-        print("hrgan: nobody reads the output any more", file=sys.stderr)
+        if not nobody_reads():
+            raise
         return 141
     except OSError as error:
         refusal = refused_by_system(error)
-        print(f"hrgan: {refusal}", file=sys.stderr)
+        complain(f"hrgan: {refusal}")
         return refusal.exit_code
     except KeyboardInterrupt:
-        print("hrgan: interrupted", file=sys.stderr)
+        complain("hrgan: interrupted")
         return 130
+
+
+def complain(line: str) -> None:
+    """Say it, if somebody still listens."""
+    with suppress(BrokenPipeError):
+        print(line, file=sys.stderr)

@@ -212,10 +212,10 @@ def test_what_is_hardly_meant_is_said(capsys: pytest.CaptureFixture[str]) -> Non
     assert said("--augment.ops", "[ada]", "--ramp.kimg", "5", "--ramp.augment", "1") == leak
     idle = "warning: ramp.lr, ramp.beta2: nothing changes while ramp.kimg is 0\n"
     assert said("--ramp.lr", "0.1", "--ramp.beta2", "0.9") == idle
-    unread = "warning: network.mapping_layers, network.noise: only style reads this, and network.family is r3\n"
+    unread = "warning: network.mapping_layers, network.noise: read by style only, and network.family is r3\n"
     assert said("--network.mapping_layers", "4", "--network.noise", "false") == unread
     assert said("--network.family", "style", "--network.noise", "false", "--network.blocks", "2") == (
-        "warning: network.group_size: only r3 reads this, and network.family is style\n"
+        "warning: network.group_size: read by r3 only, and network.family is style\n"
     )
 
 

@@ -247,10 +247,29 @@ def test_imports_point_down_only() -> None:
                     assert floor[name] <= floor[own], f"{path}: imports {name}"
 
 
-def test_a_reader_that_goes_away_is_no_traceback() -> None:
-    words = [sys.executable, "-m", "hrgan", "schedule", "--config", "configs/clothing-64.yaml"]
+def unread(*words: str, **environment: str) -> tuple[int, str]:
+    """Exit code and errors of `hrgan` whose output goes into a pipe that nobody reads."""
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(words, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "hrgan", *words],
+        cwd=ROOT, env=os.environ | environment, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120,
+    )  # fmt: skip
     os.close(write)
-    assert (done.returncode, done.stderr) == (141, "hrgan: nobody reads the output any more\n")
+    return done.returncode, done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
+    words = ("schedule", "--config", "configs/clothing-64.yaml")
+    assert unread(*words, PYTHONUNBUFFERED="1") == (141, "")
+    assert unread(*words, PYTHONUNBUFFERED="", HRGAN_EXIT_FILE=str(tmp_path / "exit")) == (0, "")
+    assert (tmp_path / "exit").read_text() == "0\n"
+    closed = ["bash", "-c", 'exec "$@" >&-', "bash", sys.executable, "-m", "hrgan", *words]
+    done = subprocess.run(closed, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_training_goes_on_when_nobody_reads_it(tiny: Path, tmp_path: Path) -> None:
+    code, errors = unread("train", "--config", str(tiny), "--run", str(tmp_path / "run"))
+    assert code == 0, errors
+    assert (tmp_path / "run" / "FINISHED").exists()

@@ -21,6 +21,15 @@ from hrgan.schedule import Phase, Schedule
 from hrgan.sizes import size_text
 
 
+class Output(Console):
+    """Falls silent where what read it has ended, as `| head` does: a training goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """What rich calls."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class RunLog:
     """Writes the records of one run directory. Rows after `nimg` in it are dropped: a resumed run makes them again."""
 
@@ -29,7 +38,7 @@ class RunLog:
         self.rows: list[Row] = []
         """Of log.jsonl, as far as it goes now."""
         self.go_back(nimg)
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = Output(file=sys.stdout, highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
         if self.live:
             self.live.start()
