@@ -25,9 +25,7 @@ from hrgan.sizes import LONGEST, SHORTEST
 
 SIGNED = ("logistic", "hinge", "relativistic")
 """Values of loss.kind under which a sign says whether D is right: its logit's, or of a pair's difference."""
-
-
-OWN = {"style": ("mapping_layers", "mixing", "noise"), "r3": ("blocks", "group_size")}
+FAMILY_FIELDS = {"style": ("mapping_layers", "mixing", "noise"), "r3": ("blocks", "group_size")}
 """Fields of `network` that one family alone reads."""
 
 
@@ -158,7 +156,7 @@ def cautions(config: Config) -> list[str]:
     if idle and ramp.kimg == 0:
         found.append(f"{', '.join(idle)}: nothing changes while ramp.kimg is 0")
     default, network = NetworkConfig(), config.network
-    for family, names in OWN.items():
+    for family, names in FAMILY_FIELDS.items():
         unread = [f"network.{name}" for name in names if getattr(network, name) != getattr(default, name)]
         if unread and family != network.family:
             found.append(f"{', '.join(unread)}: read by {family} only, and network.family is {network.family}")
