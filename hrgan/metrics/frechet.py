@@ -1,6 +1,6 @@
 """The Frechet distance (Heusel et al. 2017, arXiv 1706.08500) from moments of features: its error, its limit for
-endless samples, and by class. The numbers are torch-fidelity's, from eigenvalues of symmetric matrices, which take a
-sixth of the time of those that its formula has."""
+endless samples, and by class. The numbers are torch-fidelity's, from eigenvalues of a symmetric matrix, which take a
+small part of the time of those that its formula has."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from operator import add
 import numpy as np
 import torch
 import torch.distributed as dist
+from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
 from hrgan.watch import beat
@@ -108,9 +109,7 @@ class Reference:
     def __init__(self, moments: Moments) -> None:
         self.mu, sigma = moments.mean(), moments.covariance()
         self.trace = sigma.trace()
-        values, vectors = torch.linalg.eigh(sigma)
-        kept = values > values[-1] * len(values) * torch.finfo(values.dtype).eps  # The rest is rounding.
-        self.root = vectors[:, kept] * values[kept].sqrt()  # (D, R)
+        self.root = root_of(sigma)  # (D, R)
 
     def project(self, moments: Moments) -> Projected:
         """Moments as `distance` takes them."""
@@ -126,6 +125,15 @@ class Reference:
         inner = (side.root_outer - side.count * torch.outer(root_mu, root_mu)) / (side.count - 1)
         overlap = torch.linalg.eigvalsh(inner).clamp(min=0).sqrt().sum()
         return float((mu - self.mu).square().sum() + trace + self.trace - 2 * overlap)
+
+
+def root_of(sigma: Tensor) -> Tensor:
+    """(D, R) with root root^T = sigma, (D, D) float64 of rank R: Cholesky's with pivots, which stops where the rest is
+    rounding. Eigenvectors take seven times as long, and as long for few pictures as for many."""
+    factor, order, rank, _ = dpstrf(sigma.cpu().numpy(), lower=1)
+    root = np.zeros_like(factor[:, :rank])
+    root[order - 1] = np.tril(factor)[:, :rank]
+    return torch.from_numpy(root).to(sigma.device)
 
 
 def frechet(a: Moments, b: Moments) -> float:
