@@ -132,7 +132,7 @@ def root_of(sigma: Tensor) -> Tensor:
     rounding. Eigenvectors take seven times as long, and as long for few pictures as for many."""
     factor, order, rank, _ = dpstrf(sigma.cpu().numpy(), lower=1)
     root = np.zeros_like(factor[:, :rank])
-    root[order - 1] = np.tril(factor)[:, :rank]
+    root[order - 1] = np.tril(factor[:, :rank])
     return torch.from_numpy(root).to(sigma.device)
 
 
