@@ -94,7 +94,9 @@ class Children:
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
         os.environ["DS_ACCELERATOR"] = "cpu"  # Read when deepspeed is imported.
-        self.context.set_forkserver_preload(["hrgan.train", "hrgan.cli", "hrgan.apps.generate", "deepspeed"])
+        # The last two each child with DeepSpeed would import else, for 8 s.
+        late = ("transformers", "deepspeed.runtime.zero.muon.muon_optimizer")
+        self.context.set_forkserver_preload(["hrgan.train", "hrgan.cli", "hrgan.apps.generate", "deepspeed", *late])
 
     def run(
         self,
