@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from hrgan.config import (
@@ -15,7 +16,6 @@ from hrgan.config import (
     EVAL_METRICS,
     EXTRACTORS,
     Config,
-    NetworkConfig,
     RampConfig,
     at,
     leaves,
@@ -25,8 +25,20 @@ from hrgan.sizes import LONGEST, SHORTEST
 
 SIGNED = ("logistic", "hinge", "relativistic")
 """Values of loss.kind under which a sign says whether D is right: its logit's, or of a pair's difference."""
-FAMILY_FIELDS = {"style": ("mapping_layers", "mixing", "noise"), "r3": ("blocks", "group_size")}
-"""Fields of `network` that one family alone reads."""
+READERS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("network.family", ("style",), ("network.mapping_layers", "network.mixing", "network.noise")),
+    ("network.family", ("r3",), ("network.blocks", "network.group_size")),
+    ("network.condition", ("acgan",), ("loss.class_weight",)),
+    ("loss.kind", ("wgan-gp",), ("loss.gp_lambda", "loss.gp_target", "loss.gp_every")),
+    ("loss.kind", ("wgan-gp", "wasserstein"), ("loss.drift",)),
+    (
+        "loss.kind",
+        ("wasserstein", "logistic", "least-squares", "hinge", "relativistic"),
+        ("loss.r1_gamma", "loss.r2_gamma", "loss.r1_every", "ramp.gamma"),
+    ),
+    ("loss.penalty", ("finite_difference",), ("loss.fd_sigma",)),
+)
+"""A field, values of it, and the fields that are read under these alone."""
 
 
 def problems(config: Config) -> list[str]:
@@ -38,7 +50,7 @@ def problems(config: Config) -> list[str]:
         *_augment_problems(config),
         *_family_problems(config),
         *_eval_problems(config),
-        *_init_from_problems(config),
+        *_place_problems(config),
         *_range_problems(config),
     ]
 
@@ -155,12 +167,17 @@ def cautions(config: Config) -> list[str]:
     idle = [f"ramp.{key}" for key in given if given[key] != plain[key]]
     if idle and ramp.kimg == 0:
         found.append(f"{', '.join(idle)}: nothing changes while ramp.kimg is 0")
-    default, network = NetworkConfig(), config.network
-    for family, names in FAMILY_FIELDS.items():
-        unread = [f"network.{name}" for name in names if getattr(network, name) != getattr(default, name)]
-        if unread and family != network.family:
-            found.append(f"{', '.join(unread)}: read by {family} only, and network.family is {network.family}")
+    values, defaults = (dict(leaves(asdict(which))) for which in (config, Config()))
+    for switch, readers, names in READERS:
+        unread = [name for name in names if values[name] != defaults[name]]
+        if unread and values[switch] not in readers:
+            found.append(f"{', '.join(unread)}: not read while {switch} is {values[switch]}, but under {or_(readers)}")
     return found
+
+
+def or_(words: Sequence[str]) -> str:
+    """As a sentence lists them."""
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _family_problems(config: Config) -> list[str]:
@@ -198,11 +215,13 @@ def _eval_problems(config: Config) -> list[str]:
     return found
 
 
-def _init_from_problems(config: Config) -> list[str]:
-    source = config.init_from
-    if source is None or (source.strip() and "://" not in source):
-        return []
-    return [f"init_from: {source!r} is no run directory or checkpoint folder of this machine; nearest: null"]
+def _place_problems(config: Config) -> list[str]:
+    found, source, held_out = [], config.init_from, config.data.held_out
+    if source is not None and (not source.strip() or "://" in source):
+        found.append(f"init_from: {source!r} is no run directory or checkpoint folder of this machine; nearest: null")
+    if held_out is not None and not held_out.strip():
+        found.append(f"data.held_out: {held_out!r} names no set of shards; nearest: null")
+    return found
 
 
 _LEAST: dict[str, float] = {

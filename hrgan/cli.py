@@ -615,7 +615,9 @@ def read_config(parser: Parser, file: str | None, overrides: list[tuple[str, str
     right = [leaf for index, leaf in known if index not in found]
     namespace = parser.instantiate_classes(parser.parse_object(tree_of(right)))
     config = Config(**{name: namespace[name] for name in topics()})
-    refuse([*(found[index] for index in sorted(found)), *problems(config)], file or "configuration")
+    mistyped = {key for index, (key, _) in known if index in found}  # What stands in their place is not the user's.
+    others = [line for line in problems(config) if line.split(":")[0] not in mistyped]
+    refuse([*(found[index] for index in sorted(found)), *others], file or "configuration")
     return config
 
 

@@ -79,6 +79,11 @@ def test_a_file_s_problem_names_field_value_and_remedy(
     assert f"  {expected}" in refused(capsys, "train", "--config", path)
 
 
+def test_what_stands_in_a_wrong_type_s_place_is_not_complained_of(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--config", "configs/clothing-64.yaml", "--augment.ops", "[1]", "--augment.strength", "1")
+    assert refused(capsys, "schedule", *words)[1:] == ["  augment.ops: '[1]' is not a list of words"]
+
+
 @pytest.mark.parametrize(("text", "part"), [("a: [", "not YAML"), ("- 1", "holds list"), (None, "cannot be read")])
 def test_a_file_that_is_no_configuration(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str | None, part: str
@@ -134,9 +139,11 @@ def test_overrides_win_over_the_file_and_print_config_shows_the_whole(
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_are_valid_and_open_with_what_a_user_asks_first(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli("schedule", "--config", path) == 0
+    assert capsys.readouterr().err == ""
     header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     for word in ("hrgan train", "Hardware", "Metric"):
         assert word in header, f"{path}: the header lacks {word}"
+    assert "measured here" in header.replace("\n# ", " "), f"{path}: was anything?"
 
 
 def test_the_presets_are_there() -> None:
@@ -191,6 +198,7 @@ def test_batches_must_divide_over_the_processes() -> None:
         ),
         ({"ramp": {"kimg": 0, "lr": 0.1}}, []),  # As a preset's ramps are turned off.
         ({"ramp": {"kimg": 5, "augment": 0.3}}, []),  # As its augmentation.
+        ({"data": {"held_out": ""}}, ["data.held_out: '' names no set of shards; nearest: null"]),
     ],
 )
 def test_one_mistake_is_one_problem(words: dict[str, dict[str, object]], expected: list[str]) -> None:
@@ -212,10 +220,20 @@ def test_what_is_hardly_meant_is_said(capsys: pytest.CaptureFixture[str]) -> Non
     assert said("--augment.ops", "[ada]", "--ramp.kimg", "5", "--ramp.augment", "1") == leak
     idle = "warning: ramp.lr, ramp.beta2: nothing changes while ramp.kimg is 0\n"
     assert said("--ramp.lr", "0.1", "--ramp.beta2", "0.9") == idle
-    unread = "warning: network.mapping_layers, network.noise: read by style only, and network.family is r3\n"
+    unread = "warning: network.mapping_layers, network.noise: not read while network.family is r3, but under style\n"
     assert said("--network.mapping_layers", "4", "--network.noise", "false") == unread
     assert said("--network.family", "style", "--network.noise", "false", "--network.blocks", "2") == (
-        "warning: network.group_size: read by r3 only, and network.family is style\n"
+        "warning: network.group_size: not read while network.family is style, but under r3\n"
+    )
+    assert said("--loss.kind", "wgan-gp") == (
+        "warning: loss.r1_gamma, loss.r2_gamma, loss.r1_every: not read while loss.kind is wgan-gp, but under "
+        "wasserstein, logistic, least-squares, hinge or relativistic\n"
+    )
+    assert said("--loss.gp_lambda", "5", "--loss.drift", "0", "--loss.class_weight", "2", "--loss.fd_sigma", "1") == (
+        "warning: loss.class_weight: not read while network.condition is none, but under acgan\n"
+        "warning: loss.gp_lambda: not read while loss.kind is relativistic, but under wgan-gp\n"
+        "warning: loss.drift: not read while loss.kind is relativistic, but under wgan-gp or wasserstein\n"
+        "warning: loss.fd_sigma: not read while loss.penalty is exact, but under finite_difference\n"
     )
 
 
