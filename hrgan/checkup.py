@@ -16,7 +16,7 @@ from hrgan.config import CHUNK, Config
 from hrgan.data import stream
 from hrgan.data.dataset import Dataset, open_dataset
 from hrgan.engine import Engine
-from hrgan.errors import DataError, UserError
+from hrgan.errors import DataError, HrganError, UserError
 from hrgan.metrics.extractor import RANDOM, Extractor, Settled, make_extractor
 from hrgan.metrics.rows import Row
 from hrgan.monitor.health import vital_signs
@@ -44,7 +44,10 @@ def open_held_out(config: Config, dataset: Dataset, schedule: Schedule) -> Datas
     line, where it does not go with the set that is trained on."""
     if config.data.held_out is None:
         return None
-    held_out = open_dataset(replace(config.data, path=config.data.held_out))
+    try:
+        held_out = open_dataset(replace(config.data, path=config.data.held_out))
+    except HrganError as error:
+        raise type(error)(f"data.held_out: {error}") from error
     place = f"data.held_out: {held_out.where}"
     if held_out.real_set in {dataset.real_set, *(member.manifest.real_set for member in dataset.members)}:
         raise UserError(

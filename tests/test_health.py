@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
 
 from hrgan.apps.bench_modes import bench_modes
+from hrgan.checks import cautions
 from hrgan.checkup import SIGNS, Checkup
 from hrgan.config import Config, LogConfig, LossConfig, from_dict, read_yaml
 from hrgan.data.build import build
 from hrgan.data.drawn import draw
-from hrgan.monitor.health import GRACE, PERSISTS, REACH, REMEDIES, unsaid, vital_signs, warnings
+from hrgan.monitor.health import GRACE, PERSISTS, REACH, REMEDIES, remedy, unsaid, vital_signs, warnings
 from hrgan.monitor.log import RunLog
 from hrgan.networks.layers import downsample, upsample
 from hrgan.pictures import to_uint8
@@ -203,6 +206,18 @@ def test_augmentation_that_is_on_should_be_stronger() -> None:
     on = rows(10) + rows(PERSISTS, **SICK["D memorising"], augment_strength=0.1)
     assert "stronger" not in warnings(off[:-1], off[-1])[0].remedy
     assert "stronger augmentation" in warnings(on[:-1], on[-1])[0].remedy
+
+
+@pytest.mark.parametrize("loss", get_args(get_type_hints(LossConfig)["kind"]))
+def test_a_remedy_names_fields_that_the_loss_reads(loss: str) -> None:
+    said = " ".join(remedy(name, {}, loss) for name in REMEDIES)
+    assert ("loss.gp_lambda" in said) == (loss == "wgan-gp")
+    for topic, name in set(re.findall(r"\b(loss|optim|schedule|data)\.(\w+)", said)):
+        assert hasattr(getattr(Config(), topic), name)
+        if topic == "loss" and name != "kind":
+            given = replace(LossConfig(kind=loss), **{name: 0.7})  # type: ignore[arg-type]
+            assert cautions(replace(Config(), loss=given)) == []
+    assert loss != "wgan-gp" or "loss.kind wgan-gp" not in said
 
 
 def test_a_warning_is_raised_once_a_phase() -> None:
@@ -488,8 +503,11 @@ def test_held_out_pictures_that_do_not_fit_are_refused(
 def test_held_out_pictures_that_are_not_there_are_refused(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli("train", "--config", str(tiny), "--data.held_out", str(tmp_path / "none")) == 4
-    assert str(tmp_path / "none") in capsys.readouterr().err
+    for path, found in ((tmp_path / "none", "is missing"), (tiny, "is a file, expected the folder of a set")):
+        assert cli("train", "--config", str(tiny), "--data.held_out", str(path)) == 4
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"hrgan: data.held_out: {path}")
+        assert found in line
 
 
 @pytest.mark.parametrize("kind", ["logistic", "hinge", "relativistic"])

@@ -162,6 +162,8 @@ def load(root: Path) -> Manifest:
         if (Path(root) / PARTS).is_dir():
             remedy = f"its parts are not joined yet: run hrgan data merge {root}"
         raise DataError(f"{path} is missing, so {root} is no finished set; {remedy}") from None
+    except NotADirectoryError:
+        raise DataError(f"{root} is a file, expected the folder of a set; run: hrgan data build SRC OUT") from None
     except OSError as error:
         raise DataError(f"{path} is unreadable ({error}); {REBUILD}") from None
     return parse(content, str(path))

@@ -96,7 +96,7 @@ def _warned(record: Record) -> Iterator[Caution]:
             if isinstance(name, str) and name in REMEDIES and name not in met:
                 met.add(name)
                 says = f"Training warned of {name}, first at {short(row['nimg'] / 1000, 6)} kimg."
-                help_ = remedy(name, row)
+                help_ = remedy(name, row, record.config.loss.kind if record.config else "logistic")
                 yield Caution(name, says, f"{help_[0].upper()}{help_[1:]}.")
 
 

@@ -118,18 +118,24 @@ class Warning(NamedTuple):
 
 
 REMEDIES = {
-    "mode collapse": "a lower optim.lr, or a higher loss.r1_gamma; go on from a checkpoint before it",
-    "D overpowering": "a lower optim.lr_d, or a higher loss.r1_gamma; see that G learns at all (optim.lr)",
-    "D memorising": "more pictures, data.mirror, augmentation or a higher loss.r1_gamma; a shorter run",
-    "vanishing G": "a lower loss.r1_gamma (its scale grows with the number of pixels), or loss.kind wgan-gp",
+    "mode collapse": "a new run with --init_from a checkpoint from before it, a lower optim.lr or a higher {penalty}",
+    "D overpowering": "a lower optim.lr_d, or a higher {penalty}; see that G learns at all (optim.lr)",
+    "D memorising": "more pictures, data.mirror, {augmentation} or a higher {penalty}; a shorter run",
+    "vanishing G": "a lower {penalty} (its scale grows with the number of pixels), or loss.kind wgan-gp",
     "dead fade": "a higher optim.lr at this resolution, or a longer schedule.fade_kimg",
 }
+"""Most of it takes a new run, which --init_from begins with the weights of this one."""
+REMEDIES_OF_A_CRITIC = {"vanishing G": "a lower {penalty}, or a higher loss.gp_target"}
+"""Under loss.kind wgan-gp, where they differ."""
 
 
-def remedy(name: str, row: Row) -> str:
-    """What helps against what was warned of by a row."""
-    stronger = name == "D memorising" and row.get("augment_strength")
-    return REMEDIES[name].replace("augmentation", "stronger augmentation") if stronger else REMEDIES[name]
+def remedy(name: str, row: Row, loss: str) -> str:
+    """What helps against what was warned of by a row of a run with this loss.kind."""
+    critic = loss == "wgan-gp"
+    return (REMEDIES | REMEDIES_OF_A_CRITIC if critic else REMEDIES)[name].format(
+        penalty="loss.gp_lambda" if critic else "loss.r1_gamma",
+        augmentation="stronger augmentation" if row.get("augment_strength") else "augmentation",
+    )
 
 
 def warnings(history: Sequence[Row], row: Row, loss: str = "logistic") -> list[Warning]:
@@ -150,7 +156,7 @@ def warnings(history: Sequence[Row], row: Row, loss: str = "logistic") -> list[W
         "vanishing G": _vanishing(rows),
         "dead fade": _dead_fade(rows),
     }
-    return [Warning(name, says, remedy(name, row)) for name, says in found.items() if says is not None]
+    return [Warning(name, says, remedy(name, row, loss)) for name, says in found.items() if says is not None]
 
 
 def unsaid(found: Sequence[Warning], phase: int, said: set[tuple[int, str]]) -> list[Warning]:
