@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hrgan import checkpoint
-from hrgan.config import Config
+from hrgan.config import Config, NetworkConfig
 from hrgan.engine import State
 from hrgan.errors import UserError
 from hrgan.networks import make_discriminator, make_generator
@@ -17,6 +17,8 @@ from hrgan.schedule import Phase
 from hrgan.sizes import size_text
 
 NETWORKS = ("generator", "ema", "discriminator")
+Rows = list[tuple[int, int]]
+"""(place in the old tensor, place in the new one) of each row that is taken."""
 
 
 @dataclass
@@ -51,12 +53,12 @@ def adopted(config: Config, phase: Phase, source: Path, say: Callable[[str], Non
             f"{old.family} or name a checkpoint of {new.family}"
         )
     rows = class_rows(old.classes or [] if old.num_classes else [], new.classes or [] if new.num_classes else [])
-    heads = {old.condition, new.condition} <= {"none", "acgan"}  # Under projection r3's last layer makes features.
+    head = head_rows(old, new, rows)
     parts: dict[str, dict[str, Tensor]] = {"adam_generator": {}, "adam_discriminator": {}, "feedback": {}}
     for part in NETWORKS:
         make = make_discriminator if part == "discriminator" else make_generator
         own = make(config, phase.resolution, phase.fading, None).state_dict()
-        parts[part], fit = fitted(own, saved.state.parts[part], rows, heads)
+        parts[part], fit = fitted(own, saved.state.parts[part], rows, head)
         if not any(parts[part][name].dim() > 1 for name in fit.taken):  # A few biases fit anywhere.
             pairs = zip(asdict(old).items(), asdict(new).values(), strict=True)
             differ = "; ".join(
@@ -76,19 +78,30 @@ def adopted(config: Config, phase: Phase, source: Path, say: Callable[[str], Non
     return State(phase.resolution, phase.fading, parts)
 
 
-def class_rows(old: list[str], new: list[str]) -> list[tuple[int, int]]:
+def class_rows(old: list[str], new: list[str]) -> Rows:
     """(place in the old names, place in the new ones) of each class that both have."""
     return [(old.index(name), place) for place, name in enumerate(new) if name in old]
 
 
+def head_rows(old: NetworkConfig, new: NetworkConfig, rows: Rows) -> Rows | None:
+    """The same of D's last layer, whose first row says real or fake, the others, under acgan, which class. None: its
+    rows are taken as they are."""
+    conditions = {old.condition, new.condition}
+    if len(conditions) == 1 and "acgan" not in conditions:
+        return None
+    if new.family == "r3" and "projection" in conditions:  # There it makes features for the projection.
+        return []
+    both = len(conditions) == 1
+    return [(0, 0), *((there + 1, here + 1) for there, here in rows if both)]
+
+
 def fitted(
-    own: dict[str, Tensor], theirs: dict[str, Tensor], rows: list[tuple[int, int]], heads: bool
+    own: dict[str, Tensor], theirs: dict[str, Tensor], rows: Rows, head: Rows | None
 ) -> tuple[dict[str, Tensor], Fit]:
-    """Tensors of `own`'s names and shapes, filled from `theirs` where they fit. rows: class_rows'; heads: see
-    row_pairs."""
+    """Tensors of `own`'s names and shapes, filled from `theirs` where they fit. rows: class_rows'; head: head_rows'."""
     made, fit = {}, Fit()
     for name, tensor in own.items():
-        other, pairs = theirs.get(name), row_pairs(name, rows, heads)
+        other, pairs = theirs.get(name), {"embedding": rows, "logit": head}.get(name.split(".")[0])
         made[name] = tensor.detach().clone()
         if other is None or other.shape[1:] != tensor.shape[1:] or pairs == []:
             fit.initial.append(name)
@@ -103,15 +116,6 @@ def fitted(
             fit.initial.append(name)
     fit.unused = [name for name in theirs if name not in own]
     return made, fit
-
-
-def row_pairs(name: str, rows: list[tuple[int, int]], heads: bool) -> list[tuple[int, int]] | None:
-    """(place in the old tensor, place in the new one) of each row that is taken; None for tensors whose rows are not
-    classes'. heads: whether D's last layer says real or fake in its first row, and scores of classes in any others."""
-    head = name.split(".")[0]
-    if head == "embedding":
-        return rows
-    return [(0, 0), *((old + 1, new + 1) for old, new in rows)] if heads and head == "logit" else None
 
 
 def described(part: str, fit: Fit) -> str:
