@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from hrgan.apps.generate import load_generator
 from hrgan.checkpoint import numbered
-from hrgan.config import Config, NetworkConfig
+from hrgan.config import Config, NetworkConfig, from_dict, read_yaml
 from hrgan.networks import FAMILIES, full_precision, make_discriminator, make_generator
 from hrgan.networks import layers as L
 from hrgan.networks.dcgan import PICTURES, BatchNorm
 from hrgan.networks.r3 import ResidualBlock
 from hrgan.noise import draw, keyed_seed
+from hrgan.schedule import make_schedule, rates
+from hrgan.train import moment
 from tests.conftest import Children
 from tests.test_train import train
 
@@ -159,6 +161,49 @@ def test_a_sample_does_not_depend_on_its_batch(family: str) -> None:
 # DCGAN
 
 SCRIPT = Config(network=NetworkConfig(family="dcgan", resolution=64, latent=100, fmap_base=1024, grow=False))
+
+
+def test_the_preset_of_dcgan_trains_as_the_script_does() -> None:
+    """Binary cross-entropy of batches of 64, Adam at 0.0002 with betas 0.5 and 0.999; no penalty, average or growth."""
+    config = from_dict(read_yaml(Path("configs/dcgan-64.yaml")))
+    assert config.network == SCRIPT.network
+    assert (config.loss.kind, config.augment.ops, config.schedule.batch) == ("logistic", [], 64)
+    (phase,) = make_schedule(config).phases
+    now = moment(config, phase, 0)
+    assert (now.rates, now.penalty, now.path) == (rates(config, phase, 900_000), 0, 0)
+    assert (now.rates.lr_g, now.rates.lr_d, now.rates.beta2, now.rates.ema_kimg) == (0.0002, 0.0002, 0.999, 0)
+    assert (config.optim.beta1, config.optim.eps) == (0.5, 1e-8)
+
+
+R3GAN = {
+    "r3-cifar10": (32, [768] * 4, 512, 0.05, 0.005, 5000, 0.55, 20_000),
+    "r3-64": (64, [768] * 4 + [384], 256, 2, 0.2, 500, 0.3, 20_000),
+    "r3-256": (256, [768] * 4 + [384, 192, 96], 256, 150, 15, 500, 0.3, 20_000),
+}
+"""Of R3GAN's paper at full size: resolution, widths, batch, gamma at the start and at the end, half-life of the average
+and strength of augmentation at the end, length of the ramps in kimg."""
+
+
+@pytest.mark.parametrize("name", R3GAN)
+def test_the_presets_of_r3_end_with_the_paper_s_numbers(name: str) -> None:
+    config = from_dict(read_yaml(Path(f"configs/{name}.yaml")))
+    resolution, widths, batch, gamma, last_gamma, half_life, strength, kimg = R3GAN[name]
+    phase = make_schedule(config).phases[-1]
+    assert (phase.resolution, config.network.widths, phase.batch) == (resolution, widths, batch)
+    first, last = (rates(config, phase, nimg) for nimg in (0, kimg * 1000))
+    found = {key: (getattr(first, key), pytest.approx(getattr(last, key))) for key in vars(first)}
+    for key, expected in {
+        "lr_g": (2e-4, 5e-5),
+        "lr_d": (2e-4, 5e-5),
+        "beta2": (0.9, 0.99),
+        "r1_gamma": (gamma, last_gamma),
+        "r2_gamma": (gamma, last_gamma),
+        "ema_kimg": (0, half_life),
+        "augment": (0, strength),
+    }.items():
+        assert found[key] == expected, key
+    assert (config.loss.kind, config.loss.r1_every, config.optim.beta1) == ("relativistic", 1, 0)
+    assert (config.network.latent, config.network.blocks, config.network.group_size) == (64, 2, 16)
 
 
 def scripted() -> tuple[nn.Sequential, nn.Sequential]:

@@ -21,6 +21,7 @@ import yaml
 
 from hrgan import checkpoint
 from hrgan.config import Config, from_dict
+from hrgan.data.build import build
 from tests.conftest import Children, cli
 
 STEPS = {"4² stable": 1, "at the first border": 2, "8² fade": 3, "8² stable": 5, "16² fade": 7, "16² stable": 9}
@@ -298,6 +299,22 @@ def without_locks(config: str, run: str, *words: str) -> int:
 
     fcntl.lockf = lockf
     return train(config, run, *words)
+
+
+@pytest.mark.slow
+def test_the_command_that_a_newcomer_would_guess_trains(tmp_path: Path, children: Children) -> None:
+    """Of a preset with all its own settings, but for the lengths: 4² to 128², to a picture and a number."""
+    build("drawn:64", tmp_path / "shards", 128, workers=1, seed=0)
+    words = ("train", "--config", "configs/clothing-128.yaml", "--data.path", str(tmp_path / "shards"))
+    short = {"stable_kimg": 0.032, "fade_kimg": 0.032, "total_kimg": 0.3}
+    words += tuple(word for key, value in short.items() for word in (f"--schedule.{key}", str(value)))
+    words += ("--eval.num_fake", "16", "--eval.max_share", "1", "--run", str(tmp_path / "run"))
+    code, output = children.run(tmp_path / "log", cli, *words)
+    assert code == 0, output
+    assert "Traceback" not in output
+    assert [row["resolution"] for row in records(tmp_path / "run", "log.jsonl")][-1] == 128
+    assert "fd_random" in json.dumps(records(tmp_path / "run", "metrics.jsonl")[-1])
+    assert list((tmp_path / "run" / "samples").glob("*-128px.png"))
 
 
 def trained_beside_another(config: str, run: str) -> int:
