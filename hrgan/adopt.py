@@ -84,15 +84,14 @@ def class_rows(old: list[str], new: list[str]) -> Rows:
 
 
 def head_rows(old: NetworkConfig, new: NetworkConfig, rows: Rows) -> Rows | None:
-    """The same of D's last layer, whose first row says real or fake, the others, under acgan, which class. None: its
-    rows are taken as they are."""
-    conditions = {old.condition, new.condition}
-    if len(conditions) == 1 and "acgan" not in conditions:
+    """Rows of D's last layer: the first says real or fake, the others, under acgan, which class. None: all, as they
+    are. rows: class_rows'."""
+    if old.condition == new.condition == "acgan":
+        return [(0, 0), *((there + 1, here + 1) for there, here in rows)]
+    if old.condition == new.condition:
         return None
-    if new.family == "r3" and "projection" in conditions:  # There it makes features for the projection.
-        return []
-    both = len(conditions) == 1
-    return [(0, 0), *((there + 1, here + 1) for there, here in rows if both)]
+    features = new.family == "r3" and "projection" in (old.condition, new.condition)  # For the projection, no logit.
+    return [] if features else [(0, 0)]
 
 
 def fitted(

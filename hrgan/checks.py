@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
 from dataclasses import asdict
 
 from hrgan.config import (
@@ -16,7 +15,6 @@ from hrgan.config import (
     EVAL_METRICS,
     EXTRACTORS,
     Config,
-    RampConfig,
     at,
     leaves,
     resolutions,
@@ -163,21 +161,17 @@ def cautions(config: Config) -> list[str]:
     strongest = max(augment.strength, ramp.augment or 0.0 if ramp.kimg else 0.0)
     if {"ada", *ADA}.intersection(augment.ops) and strongest > augment.most:
         found.append(f"augmentation gets a strength of {strongest:g}: above {augment.most:g} G draws what ADA does")
-    plain, given = asdict(RampConfig()), asdict(ramp)
-    idle = [f"ramp.{key}" for key in given if given[key] != plain[key]]
+    values, defaults = (dict(leaves(asdict(which))) for which in (config, Config()))
+    given = [key for key in values if values[key] != defaults[key]]
+    idle = [key for key in given if key.startswith("ramp.")]
     if idle and ramp.kimg == 0:
         found.append(f"{', '.join(idle)}: nothing changes while ramp.kimg is 0")
-    values, defaults = (dict(leaves(asdict(which))) for which in (config, Config()))
     for switch, readers, names in READERS:
-        unread = [name for name in names if values[name] != defaults[name]]
+        unread = [key for key in names if key in given]
         if unread and values[switch] not in readers:
-            found.append(f"{', '.join(unread)}: not read while {switch} is {values[switch]}, but under {or_(readers)}")
+            under = " or ".join(readers)
+            found.append(f"{', '.join(unread)}: not read while {switch} is {values[switch]}, but under {under}")
     return found
-
-
-def or_(words: Sequence[str]) -> str:
-    """As a sentence lists them."""
-    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _family_problems(config: Config) -> list[str]:

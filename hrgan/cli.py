@@ -18,7 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from hrgan.checks import problems
 from hrgan.config import Config, Precision, leaves, read_yaml, refuse, to_yaml, topics, unknown_key, wrong_type
-from hrgan.errors import DataError, HrganError, Stopped, UserError, refused_by_system
+from hrgan.errors import DataError, HrganError, Stopped, UserError, refused_by_system, to_nowhere
 
 # Commands
 
@@ -697,7 +697,7 @@ def main(argv: list[str] | None = None) -> int:
         partial.write_text(f"{code}\n")
         os.replace(partial, file)
     if nobody_reads():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Else Python fails on what is left to write.
+        to_nowhere(sys.stdout)
     return code
 
 

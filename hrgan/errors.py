@@ -2,6 +2,8 @@
 expected, what to do."""
 
 import errno
+import os
+from typing import IO
 
 REFUSALS = (
     errno.ENOSPC,
@@ -20,6 +22,13 @@ def one_line(text: object, most: int = 200) -> str:
     """What a file says of itself, fit for a message: names and values may hold anything."""
     line = " ".join(str(text).split())
     return line if len(line) <= most else f"{line[:most]}..."
+
+
+def to_nowhere(stream: IO[str]) -> None:
+    """Let what is still written to a stream that nobody reads get lost, where Python would fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class HrganError(Exception):

@@ -227,7 +227,7 @@ def test_what_is_hardly_meant_is_said(capsys: pytest.CaptureFixture[str]) -> Non
     )
     assert said("--loss.kind", "wgan-gp") == (
         "warning: loss.r1_gamma, loss.r2_gamma, loss.r1_every: not read while loss.kind is wgan-gp, but under "
-        "wasserstein, logistic, least-squares, hinge or relativistic\n"
+        "wasserstein or logistic or least-squares or hinge or relativistic\n"
     )
     assert said("--loss.gp_lambda", "5", "--loss.drift", "0", "--loss.class_weight", "2", "--loss.fd_sigma", "1") == (
         "warning: loss.class_weight: not read while network.condition is none, but under acgan\n"

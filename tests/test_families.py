@@ -175,37 +175,6 @@ def test_the_preset_of_dcgan_trains_as_the_script_does() -> None:
     assert (config.optim.beta1, config.optim.eps) == (0.5, 1e-8)
 
 
-R3GAN = {
-    "r3-cifar10": (32, [768] * 4, 512, 0.05, 0.005, 5000, 0.55, 20_000),
-    "r3-64": (64, [768] * 4 + [384], 256, 2, 0.2, 500, 0.3, 20_000),
-    "r3-256": (256, [768] * 4 + [384, 192, 96], 256, 150, 15, 500, 0.3, 20_000),
-}
-"""Of R3GAN's paper at full size: resolution, widths, batch, gamma at the start and at the end, half-life of the average
-and strength of augmentation at the end, length of the ramps in kimg."""
-
-
-@pytest.mark.parametrize("name", R3GAN)
-def test_the_presets_of_r3_end_with_the_paper_s_numbers(name: str) -> None:
-    config = from_dict(read_yaml(Path(f"configs/{name}.yaml")))
-    resolution, widths, batch, gamma, last_gamma, half_life, strength, kimg = R3GAN[name]
-    phase = make_schedule(config).phases[-1]
-    assert (phase.resolution, config.network.widths, phase.batch) == (resolution, widths, batch)
-    first, last = (rates(config, phase, nimg) for nimg in (0, kimg * 1000))
-    found = {key: (getattr(first, key), pytest.approx(getattr(last, key))) for key in vars(first)}
-    for key, expected in {
-        "lr_g": (2e-4, 5e-5),
-        "lr_d": (2e-4, 5e-5),
-        "beta2": (0.9, 0.99),
-        "r1_gamma": (gamma, last_gamma),
-        "r2_gamma": (gamma, last_gamma),
-        "ema_kimg": (0, half_life),
-        "augment": (0, strength),
-    }.items():
-        assert found[key] == expected, key
-    assert (config.loss.kind, config.loss.r1_every, config.optim.beta1) == ("relativistic", 1, 0)
-    assert (config.network.latent, config.network.blocks, config.network.group_size) == (64, 2, 16)
-
-
 def scripted() -> tuple[nn.Sequential, nn.Sequential]:
     """The script's networks: G and D."""
     g: list[nn.Module] = []
@@ -387,6 +356,36 @@ def test_a_batch_that_is_not_finite_leaves_running_statistics_alone() -> None:
 
 
 # R3GAN
+
+R3GAN = {
+    "r3-cifar10": (32, [768] * 4, 512, 0.05, 0.005, 5000, 0.55, 20_000),
+    "r3-64": (64, [768] * 4 + [384], 256, 2, 0.2, 500, 0.3, 20_000),
+    "r3-256": (256, [768] * 4 + [384, 192, 96], 256, 150, 15, 500, 0.3, 20_000),
+}
+"""Of R3GAN's paper at full size: resolution, widths, batch, gamma at the start and at the end, half-life of the average
+and strength of augmentation at the end, length of the ramps in kimg."""
+
+
+@pytest.mark.parametrize("name", R3GAN)
+def test_the_presets_of_r3_end_with_the_paper_s_numbers(name: str) -> None:
+    config = from_dict(read_yaml(Path(f"configs/{name}.yaml")))
+    resolution, widths, batch, gamma, last_gamma, half_life, strength, kimg = R3GAN[name]
+    phase = make_schedule(config).phases[-1]
+    assert (phase.resolution, config.network.widths, phase.batch) == (resolution, widths, batch)
+    first, last = (rates(config, phase, nimg) for nimg in (0, kimg * 1000))
+    found = {key: (getattr(first, key), pytest.approx(getattr(last, key))) for key in vars(first)}
+    for key, expected in {
+        "lr_g": (2e-4, 5e-5),
+        "lr_d": (2e-4, 5e-5),
+        "beta2": (0.9, 0.99),
+        "r1_gamma": (gamma, last_gamma),
+        "r2_gamma": (gamma, last_gamma),
+        "ema_kimg": (0, half_life),
+        "augment": (0, strength),
+    }.items():
+        assert found[key] == expected, key
+    assert (config.loss.kind, config.loss.r1_every, config.optim.beta1) == ("relativistic", 1, 0)
+    assert (config.network.latent, config.network.blocks, config.network.group_size) == (64, 2, 16)
 
 
 @pytest.mark.parametrize(

@@ -306,8 +306,7 @@ def test_the_command_that_a_newcomer_would_guess_trains(tmp_path: Path, children
     """Of a preset with all its own settings, but for the lengths: 4² to 128², to a picture and a number."""
     build("drawn:64", tmp_path / "shards", 128, workers=1, seed=0)
     words = ("train", "--config", "configs/clothing-128.yaml", "--data.path", str(tmp_path / "shards"))
-    short = {"stable_kimg": 0.032, "fade_kimg": 0.032, "total_kimg": 0.3}
-    words += tuple(word for key, value in short.items() for word in (f"--schedule.{key}", str(value)))
+    words += ("--schedule.stable_kimg", "0.032", "--schedule.fade_kimg", "0.032", "--schedule.total_kimg", "0.3")
     words += ("--eval.num_fake", "16", "--eval.max_share", "1", "--run", str(tmp_path / "run"))
     code, output = children.run(tmp_path / "log", cli, *words)
     assert code == 0, output

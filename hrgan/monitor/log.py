@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from hrgan.errors import to_nowhere
 from hrgan.metrics.rows import Row, main_metric, provenance, values
 from hrgan.schedule import Phase, Schedule
 from hrgan.sizes import size_text
@@ -27,7 +28,7 @@ class Output(Console):
     def on_broken_pipe(self) -> None:
         """What rich calls."""
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+        to_nowhere(self.file)
 
 
 class RunLog:
