@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch.nn import functional as F
 
 from hrgan.apps.bench_step import _operations
+from hrgan.checks import world_problems
+from hrgan.config import from_dict
 from hrgan.engine import has_bf16
 from hrgan.run import LOOK_SECONDS
 from tests.conftest import cli
@@ -58,12 +65,46 @@ def test_each_launch_file_says_when_to_use_it_and_accelerate_takes_it(path: Path
 
     text = path.read_text()
     assert text.startswith("# ")
-    assert f"accelerate launch --config_file launch/{path.name} -m hrgan train --config configs/" in text
+    assert f"# accelerate launch --config_file launch/{path.name} " in text  # Which trainings() checks further.
     assert f"`{path.stem}`" in (ROOT / "README.md").read_text()
     found = load_config_from_file(str(path))
     assert (found.num_machines > 1) == path.stem.startswith("nodes")
     stage = getattr(found, "deepspeed_config", {}).get("zero_stage")
     assert stage == (int(path.stem[-1]) if "zero" in path.stem else None)
+
+
+def trainings() -> Iterator[tuple[str, list[str], int]]:
+    """Every training that the README, a launch file or a preset tells to start: the line, hrgan's words, processes."""
+    for path in (ROOT / "README.md", *LAUNCH_FILES, *sorted((ROOT / "configs").glob("*.yaml"))):
+        text = re.sub(r"^# *", "", path.read_text(), flags=re.MULTILINE) if path.suffix == ".yaml" else path.read_text()
+        for line in text.replace("\\\n", " ").splitlines():
+            if not re.match(r"(\w+=\w+ )*(hrgan train|accelerate launch|slurm/submit train) .*--config configs/", line):
+                continue
+            words = shlex.split(line, comments=True)
+            start = words.index("--") if "--" in words else words.index("train")
+            before = dict(itertools.pairwise(words[:start]))
+            if "--num_processes" in before:
+                world = int(before["--num_processes"])
+            elif "--config_file" in before:
+                world = yaml.safe_load((ROOT / before["--config_file"]).read_text())["num_processes"]
+            else:
+                world = int(before.get("--nodes", 1)) * (8 if line.startswith("slurm") else 1)  # slurm/site.sh's GPUs
+            yield line, words[start + 1 :], world
+
+
+def test_every_training_that_is_written_down_would_begin(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    found = list(trainings())
+    assert len(found) >= 30
+    for line, words, world in found:
+        assert cli("train", *words, "--print_config") == 0, f"{line}: {capsys.readouterr().err}"
+        config = from_dict(yaml.safe_load(capsys.readouterr().out))
+        assert config.data.path, f"{line}: without shards"
+        assert world_problems(config, world) == [], line
+        if "zero3" in line:
+            assert config.loss.penalty == "finite_difference", line
 
 
 @pytest.mark.slow
