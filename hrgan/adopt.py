@@ -34,18 +34,21 @@ class Fit:
     """Those of the checkpoint that the network has no place for."""
 
 
-def adopted(config: Config, phase: Phase, source: Path, say: Callable[[str], None]) -> State:
-    """The state that a run begins its first phase with: weights of a run's or checkpoint's networks, Adam anew. Says
-    what was taken and what was not. UserError where nothing fits.
+def source_of(config: Config) -> Path:
+    """The checkpoint that init_from means now: a run that is still trained has another one later."""
+    try:
+        return checkpoint.find(Path(config.init_from or ""))
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from error
+
+
+def adopted(config: Config, phase: Phase, folder: Path, saved: checkpoint.Saved, say: Callable[[str], None]) -> State:
+    """The state that a run begins its first phase with: weights of a checkpoint's networks, Adam anew. Says what was
+    taken and what was not. UserError where nothing fits. folder: where `saved` was.
 
     Blocks have the same name at every resolution, so a checkpoint may be of another resolution, and rows that belong
     to a class go to the class of the same name.
     """
-    try:
-        folder = checkpoint.find(source)
-    except UserError as error:
-        raise UserError(f"init_from: {error}") from error
-    saved = checkpoint.load(folder, parts=NETWORKS)
     old, new = saved.config.network, config.network
     if old.family != new.family:
         raise UserError(

@@ -65,8 +65,8 @@ def adapted(strength: Tensor, sign_mean: Tensor, target: float, images: int, kim
     within [0, most].
 
     strength, sign_mean: () or (1,) float32 on the device, where the result stays; sign_mean: the mean of sign(D(real)),
-    or of pairs (train.signs), since the last change, `images` the reals shown since then. The paper: target 0.6, 500
-    kimg, every 4 steps.
+    or of pairs (train.signs), since the last change, `images` the reals of as many steps of the phase's batch. The
+    paper: target 0.6, 500 kimg, every 4 steps.
     """
     return (strength + torch.sign(sign_mean - target) * (images / (1000 * kimg))).clamp(0, most)
 
@@ -74,7 +74,7 @@ def adapted(strength: Tensor, sign_mean: Tensor, target: float, images: int, kim
 def augment(images: Tensor, numbers: Tensor, strength: Tensor, ops: Collection[str]) -> Tensor:
     """Each operation of `ops` (names as of `expanded`), done to each image with probability `strength`.
 
-    images: (N, C, H, W) float32 in [-1, 1], C 1, 3 or 4, H and W from 4 up; numbers: (N, LENGTH) float32 from U[0, 1),
+    images: (N, C, H, W) float32 in [-1, 1], C 1, 3 or 4, H and W from 3 up; numbers: (N, LENGTH) float32 from U[0, 1),
     which alone decide an image's augmentation; strength: () or (1,) float32 in [0, 1], never read back to the host. All
     on one device, outside of autocast. Returns (N, C, H, W), not clamped. Equal to the input, value for value, where no
     operation happens, and an affine function of each image, so twice differentiable. Operations not listed cost

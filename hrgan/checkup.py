@@ -108,6 +108,8 @@ class Checkup:
     """Seconds so far."""
     took: float = 0.0
     """Seconds of the last time; 0 before the first."""
+    since: float = 0.0
+    """Seconds of the run when this began: what earlier launches spent is not known, nor is their time counted."""
     sides: dict[str, Reals] = field(default_factory=dict)
     """Reals that are trained on (seen) and that are not (held_out), of the resolution that was measured last."""
     resolution: int | None = None
@@ -118,7 +120,7 @@ class Checkup:
         most = self.config.log.max_share
         if hurried and self.took > HURRIED_SECONDS:
             return False
-        return most == 1 or self.spent + self.took < most * seconds
+        return most == 1 or self.spent + self.took < most * (seconds - self.since)
 
     def measure(self, engine: Engine, phase: Phase, nimg: int) -> Row:
         """A value for each of SIGNS; None where there is none."""

@@ -21,7 +21,7 @@ from hrgan.checkup import SIGNS, Checkup
 from hrgan.config import Config
 from hrgan.data import stream
 from hrgan.data.dataset import Dataset
-from hrgan.engine import Engine, State
+from hrgan.engine import PARTS, Engine, State
 from hrgan.errors import DataError, Diverged, Stopped, UserError
 from hrgan.metrics.evaluation import Evaluated, evaluated, save_neighbours
 from hrgan.metrics.extractor import Extractor
@@ -259,7 +259,8 @@ def settings(run: Run, phase: Phase, nimg: int) -> Row:
     """What decided the last step before `nimg`."""
     now = rates(run.config, phase, nimg - phase.batch)
     named = {key: getattr(now, key) for key in ("lr_g", "lr_d", "r1_gamma", "r2_gamma", "beta2", "ema_kimg")}
-    return named | {"augment_strength": run.engine.feedback["augment_strength"].item()}
+    strength = run.engine.feedback["augment_strength"].item() if run.config.augment.ops else 0.0
+    return named | {"augment_strength": strength}
 
 
 def signs_of_health(run: Run, phase: Phase, nimg: int, hurried: bool) -> Row:
@@ -435,11 +436,11 @@ def finish(run: Run) -> None:
 # Going on
 
 
-def load_everywhere(engine: Engine, folder: Path) -> Saved:
-    """The checkpoint on each process. UserError on all where one cannot read it."""
+def load_everywhere(engine: Engine, folder: Path, parts: tuple[str, ...] = PARTS) -> Saved:
+    """The checkpoint, or some of its files, on each process. UserError on all where one cannot read it."""
     saved, problem = None, None
     try:
-        saved = checkpoint.load(folder)
+        saved = checkpoint.load(folder, parts)
     except (OSError, SafetensorError) as error:
         problem = f"{folder} cannot be read ({error}); the disk must be shared by all machines"
     problem = engine.agree(problem)

@@ -14,7 +14,7 @@ from hrgan.sizes import size_text
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training in which nothing but the fade's alpha changes."""
+    """A stretch of training in which only the fade's alpha and the ramps change."""
 
     index: int
     """Place in the run, from 0."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hrgan import augment, losses
-from hrgan.adopt import adopted
+from hrgan.adopt import NETWORKS, adopted, source_of
 from hrgan.checkpoint import Progress
 from hrgan.checks import cautions, world_problems
 from hrgan.checkup import Checkup, faded, open_held_out
@@ -407,7 +407,7 @@ def train(config: Config, folder: Path) -> None:
             meter = Meter(engine.device)
             run = Run(
                 config, folder, engine, schedule, dataset, extractor, settled.lpips, log, progress, meter, watch=watch,
-                checkup=Checkup(config, dataset, held_out, extractor),
+                checkup=Checkup(config, dataset, held_out, extractor, since=progress.seconds),
             )  # fmt: skip
             if saved is not None:
                 engine.on_main(lambda: settle(run))
@@ -428,7 +428,8 @@ def train(config: Config, folder: Path) -> None:
                 run.say("cuda_graphs: only on one GPU in one process; here each step is launched")
             state = saved.state if saved else None
             if state is None and config.init_from is not None:
-                state = adopted(config, schedule.phases[0], Path(config.init_from), run.say)
+                source = engine.on_main(lambda: source_of(config))
+                state = adopted(config, schedule.phases[0], source, load_everywhere(engine, source, NETWORKS), run.say)
             run_phases(run, state)
         finally:
             if log is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 
 from hrgan import checkpoint
-from hrgan.adopt import NETWORKS, adopted, class_rows, fitted
+from hrgan.adopt import NETWORKS, adopted, class_rows, fitted, source_of
 from hrgan.apps.generate import load_generator, truncated
 from hrgan.checkpoint import Progress
 from hrgan.config import Config, NetworkConfig, ScheduleConfig
 from hrgan.engine import PARTS, State
 from hrgan.errors import UserError
 from hrgan.networks import make_discriminator, make_generator
+from hrgan.noise import latents
 from hrgan.schedule import make_schedule
 from tests.conftest import Children, cli
 from tests.test_train import records, train
@@ -71,6 +73,10 @@ def test_truncation_draws_w_towards_the_class_s_mean(trained: Path) -> None:
     with torch.no_grad():
         whole = network(z, labels, alpha)
         torch.testing.assert_close(truncated(network, 0.999999, config)(z, labels, alpha), whole, atol=1e-3, rtol=1e-3)
+        many = latents(0, 4096, 8, 0, "mean w")
+        means = torch.stack([network.mapped(many, torch.full((4096,), label)).mean(0) for label in range(6)])[labels]
+        half = network.drawn((means + network.mapped(z, labels)) / 2, z, alpha)
+        torch.testing.assert_close(truncated(network, 0.5, config)(z, labels, alpha), half, atol=1e-4, rtol=1e-4)
         none = truncated(network, 0.0, config)
         # Without noise inputs a class would have one picture.
         for name, parameter in network.named_parameters():
@@ -94,6 +100,14 @@ def test_what_a_generator_cannot_do_is_one_line(
     run = saved(tmp_path / "run", network(8, family="progan"), 8)
     assert cli("generate", str(run), "--out", str(tmp_path / "out"), *words) == 2
     assert says in capsys.readouterr().err
+
+
+def test_pictures_that_are_no_numbers_are_not_written(
+    trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli("generate", str(trained), "--out", str(tmp_path / "out"), "--truncation", "1e40") == 2
+    assert "hold non-finite numbers; name another checkpoint, or a --truncation" in capsys.readouterr().err
+    assert list((tmp_path / "out").glob("*.png")) == []
 
 
 def test_classes_that_the_set_lacks_are_one_line(tmp_path: Path, tiny: Path, children: Children) -> None:
@@ -128,11 +142,17 @@ def network(resolution: int = 16, **words: object) -> NetworkConfig:
     return NetworkConfig(**{"resolution": resolution, "latent": 8, "widths": [8] * 4, "family": "style"} | words)  # type: ignore[arg-type]
 
 
+def taken(config: Config, source: Path, say: Callable[[str], None]) -> State:
+    """What a run begins with."""
+    folder = source_of(replace(config, init_from=str(source)))
+    return adopted(config, make_schedule(config).phases[0], folder, checkpoint.load(folder, NETWORKS), say)
+
+
 def test_a_run_takes_the_weights_of_a_smaller_one_and_says_so(tmp_path: Path) -> None:
     source = saved(tmp_path / "old", network(8), 8)
     config = Config(network=network(16), schedule=ScheduleConfig(start_resolution=16))
     lines: list[str] = []
-    state = adopted(config, make_schedule(config).phases[0], source, lines.append)
+    state = taken(config, source, lines.append)
     old = checkpoint.load(checkpoint.find(source)).state.parts
     for part in ("generator", "ema", "discriminator"):
         for name, tensor in state.parts[part].items():
@@ -151,7 +171,7 @@ def test_a_run_takes_what_it_needs_of_a_larger_one(tmp_path: Path) -> None:
     source = saved(tmp_path / "old", network(16), 16)
     config = Config(network=network(16), schedule=ScheduleConfig(start_resolution=8))
     lines: list[str] = []
-    state = adopted(config, make_schedule(config).phases[0], source, lines.append)
+    state = taken(config, source, lines.append)
     old = checkpoint.load(checkpoint.find(source)).state.parts["generator"]
     assert all(torch.equal(tensor, old[name]) for name, tensor in state.parts["generator"].items())
     assert "of the checkpoint not used: blocks.16.0.affine.bias" in lines[0]
@@ -161,7 +181,7 @@ def test_a_run_takes_what_it_needs_of_a_larger_one(tmp_path: Path) -> None:
     )
     whole = replace(config, schedule=ScheduleConfig(start_resolution=16))
     lines.clear()
-    adopted(whole, make_schedule(whole).phases[0], source, lines.append)
+    taken(whole, source, lines.append)
     assert not any("warning" in line for line in lines)
 
 
@@ -173,7 +193,7 @@ def test_classes_keep_their_rows_by_name(tmp_path: Path) -> None:
         schedule=ScheduleConfig(start_resolution=8),
     )
     lines: list[str] = []
-    state = adopted(config, make_schedule(config).phases[0], source, lines.append)
+    state = taken(config, source, lines.append)
     assert lines[0] == (
         "init_from: generator: 40 of 41 tensors taken; in part, without classes that the checkpoint lacks: "
         "embedding.weight"
@@ -213,7 +233,7 @@ def test_every_family_s_networks_are_taken_with_other_classes_of_a_larger_resolu
     source = saved(tmp_path / "old", conditioned(before, 32, ["cat", "dog"]), 32)
     config = Config(network=conditioned(after, 16, ["dog", "bee"]), schedule=ScheduleConfig(start_resolution=16))
     lines: list[str] = []
-    state = adopted(config, make_schedule(config).phases[0], source, lines.append)
+    state = taken(config, source, lines.append)
     old = checkpoint.load(checkpoint.find(source)).state.parts
     of_classes = ("embedding", "logit") if after == "acgan" else ("embedding",)
     for part in NETWORKS:
@@ -242,7 +262,7 @@ def test_another_family_or_nothing_that_fits_is_refused(tmp_path: Path) -> None:
     ):
         config = Config(network=network(8, **words), schedule=ScheduleConfig(start_resolution=8))
         with pytest.raises(UserError, match=says):
-            adopted(config, make_schedule(config).phases[0], source, lambda line: None)
+            taken(config, source, lambda line: None)
 
 
 def test_training_goes_on_from_another_run_s_weights(

@@ -435,6 +435,8 @@ def test_two_processes_log_the_signs_of_one(tiny: Path, labelled: Path, children
 def test_signs_that_would_take_more_than_their_share_are_left_out() -> None:
     checkup = Checkup(Config(), None, None, None, spent=1.0, took=0.5)  # type: ignore[arg-type]  # It measures nothing.
     assert [checkup.affordable(seconds, hurried=False) for seconds in (74.9, 75.1)] == [False, True]  # Of 2 %.
+    checkup.since = 1000.0  # A run that goes on has saved no time up.
+    assert [checkup.affordable(1000 + seconds, hurried=False) for seconds in (74.9, 75.1)] == [False, True]
     checkup.config = Config(log=LogConfig(max_share=0))
     assert not checkup.affordable(1e9, hurried=False)
     checkup.config = Config(log=LogConfig(max_share=1))
@@ -447,10 +449,14 @@ def test_signs_that_would_take_more_than_their_share_are_left_out() -> None:
 def test_a_run_goes_on_without_saying_again_what_it_said(tmp_path: Path) -> None:
     said: list[str] = []
     run: Any = SimpleNamespace(config=Config(loss=LossConfig(kind="logistic")), say=said.append)
-    log = RunLog(tmp_path, 0, tensorboard=False)
-    for n, row in enumerate(rows(5) + rows(PERSISTS + 4, **SICK["vanishing G"])):
+
+    def tick(log: RunLog, n: int, row: dict[str, Any]) -> None:
         row |= {"nimg": n, "kimg": n / 1000, "img_per_sec": 1.0, "data_wait": 0.0, "loss_d": 1.0, "loss_g": 1.0}
         log.tick(row | warn_of_sickness(run, log, row), False, 1.0, 0.0)
+
+    log = RunLog(tmp_path, 0, tensorboard=False)
+    for n, row in enumerate(rows(5) + rows(PERSISTS + 4, **SICK["vanishing G"])):
+        tick(log, n, row)
         if n in (8, 9):
             log = RunLog(tmp_path, n, tensorboard=False)
     assert [before.get("warnings") for before in log.rows] == [None] * 7 + [["vanishing G"]] + [None] * 4
@@ -459,7 +465,9 @@ def test_a_run_goes_on_without_saying_again_what_it_said(tmp_path: Path) -> None
     assert line.endswith("; a lower loss.r1_gamma (its scale grows with the number of pixels), or loss.kind wgan-gp")
     # Where it goes back to before the warning, it is given again.
     log = RunLog(tmp_path, 5, tensorboard=False)
-    assert len(log.rows) == 6
+    for n, row in enumerate(rows(PERSISTS, **SICK["vanishing G"]), 6):
+        tick(log, n, row)
+    assert said == [line, line]
 
 
 # Held-out pictures

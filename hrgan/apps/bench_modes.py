@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hrgan.apps.generate import GROUP, load_generator
 from hrgan.data.drawn import draw
+from hrgan.engine import join
 from hrgan.errors import UserError
 from hrgan.metrics.modes import MODES, Mode, recognise
 from hrgan.metrics.rows import Row
@@ -35,7 +36,7 @@ def bench_modes(target: Path, count: int, seed: int) -> list[Row]:
     `recognised`, and the modes `missed`. UserError for a run on pictures that the drawn set has none of."""
     if count < 1:
         raise UserError(f"--count: {count} is below the least, 1")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    *_, device = join()
     network, alpha, config, nimg = load_generator(target, True, device, as_trained=False)
     level = int(network.resolution)  # type: ignore[arg-type]  # a plain int
     height, width = size_at(config.network.grid, level)

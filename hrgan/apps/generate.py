@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hrgan.checkpoint import find, load
 from hrgan.config import Config
+from hrgan.engine import join
 from hrgan.errors import UserError
 from hrgan.metrics.source import draw_labels
 from hrgan.networks import AUTOCAST, make_generator
@@ -85,10 +86,17 @@ def truncated(network: nn.Module, psi: float, config: Config) -> Callable[[Tenso
     means = torch.stack([mapped(z, of).mean(0) for of in labels or [None]])  # (classes or 1, layers, W)
 
     def made(z: Tensor, labels: Tensor | None, alpha: float) -> Tensor:
-        mean = means[labels] if labels is not None else means
-        return drawn(torch.lerp(mean.expand(len(z), -1, -1), mapped(z, labels), psi), z, alpha)
+        mean, w = means[labels] if labels is not None else means, mapped(z, labels)
+        return drawn(torch.lerp(mean.expand(len(z), -1, -1), w, w.new_tensor(psi)), z, alpha)
 
     return made
+
+
+def refuse_broken(made: Tensor, source: Path, psi: float = 1.0) -> None:
+    """UserError where pictures hold numbers that are not finite, which would be written as black."""
+    if not bool(made.isfinite().all()):
+        other = "name another checkpoint" + (", or a --truncation nearer to 1" if psi != 1 else "")
+        raise UserError(f"{source}: the pictures of its generator hold non-finite numbers; {other}")
 
 
 MEAN_OF = 4096
@@ -115,7 +123,7 @@ def generate(target: Path, out: Path, wanted: Wanted) -> None:
     count = wanted.count
     if count < 1:
         raise UserError(f"--count: {count} is below the least, 1")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    *_, device = join()
     network, alpha, config, nimg = load_generator(target, wanted.ema, device, as_trained=False)
     labels_of(config, 0, wanted.seed, wanted.class_name)
     with torch.no_grad():
@@ -130,6 +138,7 @@ def generate(target: Path, out: Path, wanted: Wanted) -> None:
         labels = labels_of(config, first, wanted.seed, wanted.class_name)
         with torch.no_grad():
             made = make(z, None if labels is None else labels.to(device), alpha)[: count - first]
+        refuse_broken(made, target, wanted.truncation)
         images = to_uint8(made).cpu()
         # 16 bits: in the set's own numbers, as the stored pictures are.
         stored = to_stored(made, (low, high)) if config.network.bits == 16 else map(to_array, images)

@@ -21,13 +21,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from hrgan.apps.generate import GROUP, load_generator
+from hrgan.apps.generate import GROUP, load_generator, refuse_broken
 from hrgan.apps.judge_page import page_of
 from hrgan.apps.judge_pool import FORMAT, Record, quiz_identity
 from hrgan.checkpoint import find
 from hrgan.config import Config
 from hrgan.data.dataset import Dataset, open_dataset
 from hrgan.data.stream import read_range
+from hrgan.engine import join
 from hrgan.errors import DataError, UserError
 from hrgan.metrics.source import draw_labels
 from hrgan.noise import draw, keyed_seed, latents
@@ -54,7 +55,7 @@ def judge(target: Path, out: Path | None, pairs: int, seed: int, data: str | Non
         if folder.resolve() == target.resolve():
             raise UserError(f"--out: needed for the checkpoint folder {target}; name the page, for example judge.html")
         out = target / "judge.html"
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    *_, device = join()
     network, alpha, config, nimg = load_generator(folder, True, device, as_trained=False)
     level = int(network.resolution)  # type: ignore[arg-type]  # a plain int
     dataset = _open_reals(config, level, data, pairs)
@@ -164,8 +165,7 @@ def _fakes(
         z = latents(first, first + GROUP, config.network.latent, seed, "judge").to(device)
         labels = draw_labels(shares, first, first + GROUP, seed).to(device) if classes else None
         made = network(z, labels, alpha)
-        if not bool(made.isfinite().all()):
-            raise UserError(f"{folder}: the pictures of its generator hold non-finite numbers; name another checkpoint")
+        refuse_broken(made, folder)
         yield from to_rgb(to_uint8(made)).cpu()
         first += GROUP
 
