@@ -65,7 +65,7 @@ def test_each_launch_file_says_when_to_use_it_and_accelerate_takes_it(path: Path
 
     text = path.read_text()
     assert text.startswith("# ")
-    assert f"# accelerate launch --config_file launch/{path.name} " in text  # Which trainings() checks further.
+    assert f"accelerate launch --config_file launch/{path.name} " in text  # trainings() looks further.
     assert f"`{path.stem}`" in (ROOT / "README.md").read_text()
     found = load_config_from_file(str(path))
     assert (found.num_machines > 1) == path.stem.startswith("nodes")
