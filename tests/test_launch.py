@@ -65,7 +65,8 @@ def test_each_launch_file_says_when_to_use_it_and_accelerate_takes_it(path: Path
 
     text = path.read_text()
     assert text.startswith("# ")
-    assert f"accelerate launch --config_file launch/{path.name} " in text  # trainings() looks further.
+    start = rf"accelerate launch --config_file launch/{path.name} .*-m hrgan train --config configs/"
+    assert any(re.search(start, line) for line in lines_of(path))
     assert f"`{path.stem}`" in (ROOT / "README.md").read_text()
     found = load_config_from_file(str(path))
     assert (found.num_machines > 1) == path.stem.startswith("nodes")
@@ -73,11 +74,18 @@ def test_each_launch_file_says_when_to_use_it_and_accelerate_takes_it(path: Path
     assert stage == (int(path.stem[-1]) if "zero" in path.stem else None)
 
 
+def lines_of(path: Path) -> list[str]:
+    """The lines of a page or of a YAML file, comments, too; what a backslash continues is one."""
+    text = path.read_text()
+    if path.suffix == ".yaml":
+        text = re.sub(r"^# *", "", text, flags=re.MULTILINE)
+    return text.replace("\\\n", " ").splitlines()
+
+
 def trainings() -> Iterator[tuple[str, list[str], int]]:
     """Every training that the README, a launch file or a preset tells to start: the line, hrgan's words, processes."""
     for path in (ROOT / "README.md", *LAUNCH_FILES, *sorted((ROOT / "configs").glob("*.yaml"))):
-        text = re.sub(r"^# *", "", path.read_text(), flags=re.MULTILINE) if path.suffix == ".yaml" else path.read_text()
-        for line in text.replace("\\\n", " ").splitlines():
+        for line in lines_of(path):
             if not re.match(r"(\w+=\w+ )*(hrgan train|accelerate launch|slurm/submit train) .*--config configs/", line):
                 continue
             words = shlex.split(line, comments=True)
